@@ -1,0 +1,78 @@
+"""How long an action takes: predicted from FLOPs and bytes, given as a table, or measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from autodecouple.errors import InputError
+from autodecouple.plans import Plan
+from autodecouple.schedules.actions import Action, Op
+from autodecouple.timeline import Timeline
+
+
+class Cost(Protocol):
+    """Seconds of work and of travel."""
+
+    def seconds(self, action: Action) -> float:
+        """Seconds that the action keeps its lane busy."""
+
+    def transfer(self, cut: int) -> float:
+        """Seconds that one micro-batch takes over cut number `cut`; counted between different lanes only."""
+
+
+@dataclass(frozen=True)
+class FlopCost:
+    """Time is FLOPs over a speed and bytes over a link; a relative measure where the real speed is unknown.
+
+    flops_per_second: of every lane          bytes_per_second, latency (seconds): of every link between lanes
+    num_micro_batches must be the schedule's. UPDATE takes no time: it moves bytes rather than computing, and a plan's
+    stages are balanced without it, so that streaming tends to exactly `Plan.speedup`.
+    """
+
+    plan: Plan
+    num_micro_batches: int = 1
+    flops_per_second: float = 1e12
+    bytes_per_second: float = math.inf
+    latency: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("num_micro_batches", "flops_per_second", "bytes_per_second"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"FlopCost({name}={getattr(self, name)!r}): give a number above 0")
+
+    def seconds(self, action: Action) -> float:
+        stage = self.plan.stages[action.stage]
+        flops = {Op.FORWARD: stage.forward_flops, Op.LOSS: stage.head_flops, Op.BACKWARD: stage.backward_flops}
+        slices = 1 if action.micro_batch is None else self.num_micro_batches
+        return flops.get(action.op, 0) / slices / self.flops_per_second
+
+    def transfer(self, cut: int) -> float:
+        return self.latency + self.plan.cuts[cut].num_bytes / self.num_micro_batches / self.bytes_per_second
+
+
+@dataclass(frozen=True)
+class TableCost:
+    """Seconds per single action of a stage and op, and seconds per cut (0 for cuts that `transfers` leaves out)."""
+
+    table: Mapping[tuple[int, Op], float]
+    transfers: Sequence[float] = ()
+
+    def seconds(self, action: Action) -> float:
+        """Raises InputError if the table lacks the action."""
+        try:
+            return self.table[action.stage, action.op]
+        except KeyError:
+            raise InputError(
+                f"the cost table has no seconds for {action}; add the key ({action.stage}, Op.{action.op.name})"
+            ) from None
+
+    def transfer(self, cut: int) -> float:
+        return self.transfers[cut] if cut < len(self.transfers) else 0.0
+
+
+def measured(timeline: Timeline) -> TableCost:
+    """Costs as a run had them: the median seconds of each stage's actions; waits and transfers are not among them."""
+    return TableCost(timeline.seconds())

@@ -1,0 +1,299 @@
+"""What `compile` returns: the user's model, trained in stages."""
+
+from __future__ import annotations
+
+import os
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
+
+from autodecouple import fitting, states
+from autodecouple.errors import ClosedError, InputError
+from autodecouple.executors import Step
+from autodecouple.fitting import Epoch
+from autodecouple.graph import Graph
+from autodecouple.options import Options
+from autodecouple.passes.place import check_device
+from autodecouple.passes.trace import bind
+from autodecouple.pipeline import Pipeline, build
+from autodecouple.plans import Plan
+from autodecouple.stage import Stage
+from autodecouple.timeline import Timeline
+
+
+class Decoupled:
+    """A model whose stages train on local losses, batch after batch, without waiting for each other.
+
+    `train_step` returns at once; whatever reads the model (calling it, `model`, `state_dict`, `evaluate`) waits for the
+    batches that are under way. Also a context manager, which closes the workers.
+    """
+
+    def __init__(self, model: nn.Module, options: Options) -> None:
+        self._model = model
+        self._options = options
+        self._pipeline: Pipeline | None = None
+        self._next_batch = 0
+        self._closed = False
+        self._warned = False
+
+    # ---------------------------------------------------------------- training
+
+    def capture(self, example_inputs: Any) -> Decoupled:
+        """Capture, cut and place the model now, for inputs like these; the first `train_step` does it otherwise."""
+        if self._pipeline is not None:
+            raise InputError("the model has been captured already: compile it again for other inputs")
+        self._attach(build(self._model, example_inputs, self._options))
+        return self
+
+    def _attach(self, pipeline: Pipeline) -> None:
+        """Workers must end with this object, and they hold no reference to it."""
+        self._pipeline = pipeline
+        self._finalizer = weakref.finalize(self, pipeline.executor.close, abort=True)
+
+    def train_step(self, inputs: Any, target: Any = None) -> Step:
+        """Train every stage on one batch; returns at once, waiting only for room in the pipeline.
+
+        inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs; target: class indices (N,), or what
+        the criterion takes. Raises InputError before anything runs if they do not fit, and the error of an earlier
+        batch if there was one: batches before that one are trained, it and later ones are left out from the stage that
+        failed on.
+        """
+        if self._closed:
+            raise ClosedError("the pipeline was closed; compile the model again to go on training")
+        if self._pipeline is None:
+            self.capture(inputs)
+        pipeline = self._compiled
+        job = pipeline.job(self._next_batch, inputs, target)
+        pipeline.executor.submit(job)
+        self._next_batch += 1
+        return Step(job, pipeline.output)
+
+    def synchronize(self) -> None:
+        """Wait until every batch is trained on every stage; raises the first error."""
+        if self._pipeline is None or self._closed:
+            return
+        self._pipeline.executor.synchronize()
+        self._warn_without_positives()
+
+    def fit(
+        self,
+        loader: Iterable[Any],
+        epochs: int = 1,
+        *,
+        validation: Iterable[Any] | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        progress: bool = True,
+    ) -> list[Epoch]:
+        """Train for some epochs with a progress bar on stderr; returns the history.
+
+        loader: gives (inputs, target), or (input, ..., input, target), or a dict with "labels"
+        validation: the same, evaluated after each epoch; checkpoint: file to save the state to after each epoch
+        """
+        return fitting.fit(self, loader, epochs, validation, checkpoint, progress)
+
+    def evaluate(self, loader: Iterable[Any]) -> dict[str, float]:
+        """Mean criterion loss, and accuracy where the output is (N, C) and the target (N,), in evaluation mode."""
+        return fitting.evaluate(self, loader)
+
+    # ---------------------------------------------------------------- inference and the model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output in evaluation mode, without gradients: its own parameters only, no heads."""
+        self.synchronize()
+        pipeline = self._pipeline
+        if pipeline is not None and pipeline.inference is not None:
+            with torch.no_grad():
+                found = pipeline.inference(*bind(pipeline.graph, kwargs or args))
+            return pytree.tree_unflatten(list(found), pipeline.graph.out_spec)
+        devices = {stage.device for stage in pipeline.stages} if pipeline is not None else set()
+        if len(devices) > 1:
+            raise InputError(
+                "the stages lie on several devices and the evaluation mode could not be captured: move them to one,"
+                ' decoupled.to("cpu"), to run the model'
+            )
+        flags = {module: module.training for module in self._model.modules()}
+        args, kwargs = pytree.tree_map(lambda x: _to(x, devices), (args, kwargs))
+        try:
+            self._model.eval()
+            with torch.no_grad():
+                return self._model(*args, **kwargs)
+        finally:
+            for module, flag in flags.items():
+                module.training = flag
+
+    @property
+    def model(self) -> nn.Module:
+        """The user's own module, trained; reading it waits for the batches under way."""
+        self.synchronize()
+        return self._model
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The model's parameters; heads are not among them."""
+        return self.model.parameters()
+
+    def train(self, mode: bool = True) -> Decoupled:
+        """Set the mode of the user's module; training steps always train, and calls always evaluate."""
+        self.model.train(mode)
+        return self
+
+    def eval(self) -> Decoupled:
+        return self.train(False)
+
+    def to(self, device: Any) -> Decoupled:
+        """Move all stages, heads and optimizer states to one device."""
+        if not isinstance(device, (str, torch.device)):
+            raise InputError(f"to({device!r}): stages move between devices only; convert the model before compile()")
+        name = check_device(device)
+        self.synchronize()
+        if self._pipeline is None:
+            self._model.to(name)
+        else:
+            self._finalizer.detach()
+            self._attach(states.move(self._compiled, name))
+        return self
+
+    # ---------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that training goes on from: the model under its own names, heads, optimizers, random state, step."""
+        self.synchronize()
+        return states.collect(self._compiled, self._next_batch)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on exactly where `state` was taken; raises CheckpointError, and changes nothing, where it does not fit."""
+        self.synchronize()
+        self._next_batch = states.restore(self._compiled, state)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state to a file: a new one is complete before it replaces the old."""
+        states.save(self.state_dict(), Path(path))
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Read what `save` wrote; raises CheckpointError for a file that is not whole."""
+        self.load_state_dict(states.load(Path(path)))
+
+    # ---------------------------------------------------------------- looking at it
+
+    @property
+    def plan(self) -> Plan:
+        return self._compiled.plan
+
+    @property
+    def graph(self) -> Graph:
+        return self._compiled.graph
+
+    @property
+    def stages(self) -> Sequence[Stage]:
+        return self._compiled.stages
+
+    @property
+    def code(self) -> tuple[str, ...]:
+        """The generated Python of every stage."""
+        return tuple(code.text for code in self._compiled.codes)
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """One per stage."""
+        return [stage.optimizer for stage in self._compiled.stages if stage.optimizer is not None]
+
+    @property
+    def schedulers(self) -> list[Any]:
+        return [stage.scheduler for stage in self._compiled.stages if stage.scheduler is not None]
+
+    @property
+    def timeline(self) -> Timeline:
+        """When every action ran, as measured, of the last batches."""
+        self.synchronize()
+        return self._compiled.executor.timeline
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        if self._pipeline is None:
+            return {"text/plain": repr(self)}
+        return self.plan._repr_mimebundle_(include, exclude)
+
+    def __repr__(self) -> str:
+        name = type(self._model).__name__
+        if self._pipeline is None:
+            return f"Decoupled({name}, captured at the first batch)"
+        return f"Decoupled({name}, {len(self.plan.stages)} stages on {len(self.plan.lanes)} lanes)"
+
+    # ---------------------------------------------------------------- the end
+
+    def close(self) -> None:
+        """Finish the batches under way and end the workers; inference and saving go on to work."""
+        if self._closed:
+            return
+        try:
+            if self._pipeline is not None:
+                self._pipeline.executor.close()
+        finally:
+            self._closed = True
+            if self._pipeline is not None:
+                self._finalizer.detach()
+
+    def __enter__(self) -> Decoupled:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        if kind is None:
+            self.close()
+            return
+        self._closed = True
+        if self._pipeline is not None:
+            self._finalizer()
+
+    def __deepcopy__(self, memo: object) -> Decoupled:
+        raise InputError(
+            "a compiled pipeline cannot be copied: copy.deepcopy(decoupled.model) copies the trained model"
+        )
+
+    def __reduce__(self) -> Any:
+        raise InputError("a compiled pipeline cannot be pickled: save decoupled.state_dict() or decoupled.model")
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("_") and hasattr(nn.Module, name):
+            raise AttributeError(f"a compiled pipeline has no {name!r}: use decoupled.model.{name}")
+        raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
+
+    @property
+    def _compiled(self) -> Pipeline:
+        if self._pipeline is None:
+            raise InputError(
+                "the model is captured at its first batch: pass example_inputs= to compile() to have it now"
+            )
+        return self._pipeline
+
+    def _task_loss(self, output: Any, target: Any) -> float:
+        """The criterion's loss of an output, as a number."""
+        leaves = pytree.tree_leaves(output)
+        device = next((leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)), torch.device("cpu"))
+        with torch.no_grad():
+            loss, _ = self._compiled.criterion(*leaves, _to(target, {device}))
+        return float(loss)
+
+    def _warn_without_positives(self) -> None:
+        """Say once that SupCon had batches in which no two rows shared a class."""
+        if self._warned or self._pipeline is None:
+            return
+        heads = [code.head for code in self._pipeline.codes]
+        counts = [getattr(head, "batches_without_positives", None) for head in heads]
+        found = [(index, int(count)) for index, count in enumerate(counts) if count is not None and int(count) > 0]
+        if found:
+            self._warned = True
+            warnings.warn(
+                f"{found[0][1]} batches had no two rows of one class: their contrastive loss on stage {found[0][0]} is"
+                " 0 and trains nothing. Larger batches, or batches sampled by class, avoid this.",
+                stacklevel=3,
+            )
+
+
+def _to(value: Any, devices: set[torch.device]) -> Any:
+    """A tensor on the one device that the model is on."""
+    return value.to(next(iter(devices))) if isinstance(value, torch.Tensor) and len(devices) == 1 else value

@@ -1,0 +1,14 @@
+"""How the lanes of a plan are run: `inline` in the caller's thread, `streams` with one worker per lane."""
+
+from collections.abc import Callable, Sequence
+
+from autodecouple.executors.executor import Executor
+from autodecouple.executors.inline import Inline
+from autodecouple.executors.job import Step
+from autodecouple.executors.streams import Streams
+from autodecouple.schedules.program import Program
+from autodecouple.stage import Stage
+
+EXECUTORS: dict[str, Callable[[Sequence[Stage], Program, int], Executor]] = {"inline": Inline, "streams": Streams}
+
+__all__ = ["EXECUTORS", "Executor", "Inline", "Step", "Streams"]

@@ -1,0 +1,52 @@
+"""The caller's thread-local state, which a new thread would lose: autocast, default device, saved-tensor hooks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from autodecouple.errors import InputError
+
+_KINDS = ("cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class Caller:
+    """What was in force where `train_step` was called."""
+
+    autocast: tuple[tuple[str, torch.dtype], ...]
+    cache_enabled: bool
+    device: torch.device | None
+    hooks: tuple[Callable[..., Any], Callable[..., Any]] | None
+
+    @staticmethod
+    def current() -> Caller:
+        """Raises InputError where nothing could be trained: under no_grad or inference_mode."""
+        if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            raise InputError("train_step was called under torch.no_grad() or inference_mode(): leave it to train")
+        autocast = tuple((kind, torch.get_autocast_dtype(kind)) for kind in _KINDS if torch.is_autocast_enabled(kind))
+        device = torch.get_default_device()
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        return Caller(
+            autocast,
+            torch.is_autocast_cache_enabled(),
+            device if device != torch.device("cpu") else None,
+            hooks,
+        )
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """Re-enter this state, here and now."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            for kind, dtype in self.autocast:
+                stack.enter_context(torch.autocast(kind, dtype, cache_enabled=self.cache_enabled))
+            if self.device is not None:
+                stack.enter_context(self.device)
+            if self.hooks is not None:
+                stack.enter_context(torch.autograd.graph.saved_tensors_hooks(*self.hooks))
+            yield

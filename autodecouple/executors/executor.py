@@ -1,0 +1,92 @@
+"""What every executor offers, and what they share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from autodecouple.executors.job import Job
+from autodecouple.executors.transport import Queue
+from autodecouple.plans import Plan
+from autodecouple.schedules.actions import Action, Schedule
+from autodecouple.schedules.program import Program
+from autodecouple.stage import Stage
+from autodecouple.timeline import Span, Timeline
+
+
+class Executor(Protocol):
+    """Runs jobs through the stages in the order of a schedule."""
+
+    @property
+    def timeline(self) -> Timeline: ...
+
+    def submit(self, job: Job) -> None:
+        """Take a job; may return before it is done, and may wait for room. Raises the error of an earlier job."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until every job is done; raises the first error."""
+        ...
+
+    def close(self, *, abort: bool = False) -> None:
+        """End workers; `abort` drops jobs that are still running."""
+        ...
+
+
+class Programs:
+    """The programs of a schedule on a plan, made once per number of micro-batches: a small batch has fewer."""
+
+    def __init__(self, plan: Plan, schedule: Schedule) -> None:
+        self.plan = plan
+        self.schedule = schedule
+        self._made: dict[int, Program] = {}
+
+    def for_rows(self, rows: int) -> Program:
+        count = min(self.schedule.num_micro_batches, rows)
+        if count not in self._made:
+            schedule = self.schedule
+            if count != schedule.num_micro_batches:
+                schedule = dataclasses.replace(schedule, num_micro_batches=count)  # type: ignore[type-var]
+            self._made[count] = Program(self.plan, schedule)
+        return self._made[count]
+
+
+class Recorder:
+    """The spans of the last actions, as the lanes' own clocks saw them."""
+
+    def __init__(self, num_lanes: int, limit: int = 20_000) -> None:
+        self.num_lanes = num_lanes
+        self._marks: deque[tuple[int, Action, int, Any, Any, Callable[[Any], float]]] = deque(maxlen=limit)
+
+    def perform(self, job: Job, action: Action, stage: Stage, queue: Queue, lane: int) -> None:
+        """Run an action between two marks; an error that leaves it says where it happened."""
+        start = queue.mark()
+        try:
+            job.perform(action, stage, queue)
+        except BaseException as error:
+            error.add_note(_place(job, action, stage))
+            raise
+        self._marks.append((lane, action, job.index, start, queue.mark(), queue.seconds))
+
+    def timeline(self) -> Timeline:
+        spans = [
+            Span(lane, action, batch, seconds(start), seconds(stop))
+            for lane, action, batch, start, stop, seconds in list(self._marks)
+        ]
+        return Timeline(tuple(sorted(spans, key=lambda span: span.start)), self.num_lanes, "measured")
+
+
+def _place(job: Job, action: Action, stage: Stage) -> str:
+    plan = stage.plan
+    names = [cut.module or cut.after for cut in plan.cuts]
+    where = f"up to {names[stage.index]!r}" if stage.index < len(names) else f"after {names[-1]!r}" if names else "all"
+    return (
+        f"in {action.op.name.lower()} of stage {stage.index} of {len(plan.stages)} ({where}), device {stage.device},"
+        f" batch {job.index}"
+    )
+
+
+def stages_of_lane(program: Program, lane: int, stages: Sequence[Stage]) -> list[Stage]:
+    return [stages[index] for index in dict.fromkeys(action.stage for action in program.lanes[lane])]

@@ -1,0 +1,178 @@
+"""One batch on its way through all the stages, and what the caller holds of it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from autodecouple.executors.caller import Caller
+from autodecouple.executors.transport import Parcel, Queue, pack_from_caller
+from autodecouple.plans import Plan
+from autodecouple.randomness import Randomness
+from autodecouple.schedules.actions import Action, Op
+from autodecouple.schedules.program import Program
+from autodecouple.stage import Stage, Values, Work
+
+
+class Job:
+    """A batch: its program, the values in transit between its stages, and its results.
+
+    inputs: the graph's input values by name; target: what the last signal compares with; rows: of the batch
+    """
+
+    def __init__(self, index: int, program: Program, plan: Plan, inputs: Values, target: Any, rows: int, seed: int):
+        self.index = index
+        self.program = program
+        self.plan = plan
+        self.seed = seed
+        self.rows = rows
+        self.caller = Caller.current()
+        self.done: set[Action] = set()
+        self.work = [Work(rows) for _ in plan.stages]
+        self.losses: list[torch.Tensor | None] = [None] * len(plan.stages)
+        self.ends: list[Parcel] = []  # complete when the devices have done what the lanes queued
+        self.error: BaseException | None = None
+        self.finished = threading.Event()
+        self._parcels: dict[tuple[str, int, int | None], Parcel] = {}
+        self._target = pack_from_caller(target)
+        self._sizes = _sizes(rows, program.schedule.num_micro_batches)
+        self._post_inputs(inputs)
+
+    def _post_inputs(self, inputs: Values) -> None:
+        """The first stage is sent the model's inputs, micro-batch by micro-batch."""
+        parts = {name: _split(value, self.rows, self._sizes) for name, value in inputs.items()}
+        for micro_batch in range(len(self._sizes)):
+            values = {name: split[micro_batch] for name, split in parts.items()}
+            self._parcels["activations", 0, micro_batch] = pack_from_caller(values)
+
+    def perform(self, action: Action, stage: Stage, queue: Queue) -> None:
+        """Run one action; its dependencies must be done."""
+        with self.caller.entered(), queue.entered():
+            _PERFORM[action.op](self, action, stage, queue)
+
+    def _forward(self, action: Action, stage: Stage, queue: Queue) -> None:
+        micro_batch = _number(action)
+        received = queue.receive(self._parcels.pop(("activations", stage.index, micro_batch)))
+        randomness = Randomness(self.seed, self.index, micro_batch)
+        sent = stage.forward(self.work[stage.index], micro_batch, received, randomness)
+        if stage.index + 1 < len(self.plan.stages):
+            self._parcels["activations", stage.index + 1, micro_batch] = queue.send(sent)
+
+    def _loss(self, action: Action, stage: Stage, queue: Queue) -> None:
+        signal = self._signal(stage.index, action.micro_batch, queue)
+        encoded = stage.loss(self.work[stage.index], action.micro_batch, signal)
+        if stage.index < len(self.plan.cuts) and self.plan.cuts[stage.index].encodes:
+            self._parcels["signal", stage.index, action.micro_batch] = queue.send(encoded)
+
+    def _signal(self, stage: int, micro_batch: int | None, queue: Queue) -> Any:
+        """What the stage's head compares with: the target, or the last encoding of it."""
+        source = self.plan.signal_source(stage)
+        if source is not None:
+            return queue.receive(self._parcels["signal", source, micro_batch])
+        target = queue.receive(self._target)
+        return target if micro_batch is None else _split(target, self.rows, self._sizes)[micro_batch]
+
+    def _backward(self, action: Action, stage: Stage, queue: Queue) -> None:
+        micro_batch = _number(action)
+        parcel = self._parcels.pop(("gradient", stage.index, micro_batch), None)
+        gradient = queue.receive(parcel) if parcel is not None else None
+        sent = stage.backward(self.work[stage.index], micro_batch, gradient)
+        if sent is not None:
+            self._parcels["gradient", stage.index - 1, micro_batch] = queue.send(sent)
+
+    def _update(self, action: Action, stage: Stage, queue: Queue) -> None:
+        self.losses[stage.index] = stage.update(self.work[stage.index])
+
+    def is_done(self, requirement: Action) -> bool:
+        return all(action in self.done for action in self.program.expand(requirement))
+
+    def discard(self, stages: Sequence[Stage]) -> None:
+        """Bring stages back to where they were before this batch."""
+        for stage in stages:
+            if Action(stage.index, Op.UPDATE) not in self.done:
+                stage.discard(self.work[stage.index])
+
+    def finish(self) -> None:
+        self._parcels.clear()
+        self.finished.set()
+
+    def outputs(self, batch_dims: Sequence[int | None]) -> tuple[Any, ...]:
+        """The model's flat outputs of the whole batch."""
+        parts = [self.work[-1].outputs[m] for m in sorted(self.work[-1].outputs)]
+        if len(parts) == 1:
+            return parts[0]
+        columns = zip(zip(*parts, strict=True), batch_dims, strict=True)
+        return tuple(torch.cat(column, dim) if dim is not None else column[0] for column, dim in columns)
+
+
+_PERFORM: dict[Op, Callable[[Job, Action, Stage, Queue], None]] = {
+    Op.FORWARD: Job._forward,
+    Op.LOSS: Job._loss,
+    Op.BACKWARD: Job._backward,
+    Op.UPDATE: Job._update,
+}
+
+
+class Step:
+    """The result of one `train_step`; reading it waits for the batch."""
+
+    def __init__(self, job: Job, unflatten: Callable[[Job], Any]) -> None:
+        self._job = job
+        self._unflatten = unflatten
+
+    @property
+    def batch(self) -> int:
+        """Number of the batch since the start of training."""
+        return self._job.index
+
+    @property
+    def losses(self) -> tuple[float | None, ...]:
+        """One per stage; None for a stage whose loss is the next one's (coupled)."""
+        self._wait()
+        return tuple(None if loss is None else float(loss) for loss in self._job.losses)
+
+    @property
+    def output(self) -> Any:
+        """The model's output in training mode, in its own structure."""
+        self._wait()
+        return self._unflatten(self._job)
+
+    def _wait(self) -> None:
+        self._job.finished.wait()
+        if self._job.error is not None:
+            raise self._job.error
+        for end in self._job.ends:
+            if end.event is not None:
+                end.event.synchronize()
+
+    def __repr__(self) -> str:
+        state = "failed" if self._job.error else "done" if self._job.finished.is_set() else "running"
+        return f"Step(batch={self.batch}, {state})"
+
+
+def _number(action: Action) -> int:
+    assert action.micro_batch is not None, f"{action} needs a micro-batch"
+    return action.micro_batch
+
+
+def _sizes(rows: int, count: int) -> list[int]:
+    """Rows of each micro-batch: as equal as can be, the larger ones first."""
+    return [rows // count + (index < rows % count) for index in range(count)]
+
+
+def _split(value: Any, rows: int, sizes: list[int]) -> list[Any]:
+    """The value for each micro-batch; what has not one entry per row goes to all of them."""
+    if len(sizes) == 1:
+        return [value]
+    leaves, spec = pytree.tree_flatten(value)
+    split = [
+        leaf.split(sizes)
+        if isinstance(leaf, torch.Tensor) and leaf.ndim and leaf.shape[0] == rows
+        else [leaf] * len(sizes)
+        for leaf in leaves
+    ]
+    return [pytree.tree_unflatten([part[m] for part in split], spec) for m in range(len(sizes))]

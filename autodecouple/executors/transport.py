@@ -1,0 +1,174 @@
+"""Values from one lane to the next: copied to its device, in the right order, and alive for as long as they are read.
+
+CPU lanes hand over references. On a GPU every lane has a stream of its own, made once; an event orders the reader
+behind the writer, and the reader keeps what it reads until an event says that it is done with it:
+
+    lane 0   ... F0 ---- event ----> F1 ...
+    lane 1            wait(event)  F0 ... event: F0's input may be freed
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch.utils import _pytree as pytree
+
+from autodecouple.errors import InputError
+from autodecouple.stage import Stage
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """Values in transit: the versions they were sent at, and the event after which they are complete."""
+
+    values: Any
+    versions: tuple[int, ...]
+    event: torch.cuda.Event | None = None
+
+
+def pack(values: Any, event: torch.cuda.Event | None = None) -> Parcel:
+    return Parcel(values, _versions(values), event)
+
+
+def check_unchanged(parcel: Parcel) -> None:
+    """Raises InputError if somebody wrote into the values since they were sent."""
+    if _versions(parcel.values) != parcel.versions:
+        raise InputError(
+            "a tensor given to train_step was changed in place before a stage had read it: train_step returns at once,"
+            " so call synchronize() before you reuse the tensor, or pass a copy"
+        )
+
+
+def _versions(values: Any) -> tuple[int, ...]:
+    tensors = (leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor))
+    return tuple(-1 if tensor.is_inference() else tensor._version for tensor in tensors)
+
+
+class Queue(Protocol):
+    """Where a lane's work is queued, and the clock that times it."""
+
+    device: torch.device
+
+    def entered(self) -> contextlib.AbstractContextManager[None]: ...
+    def send(self, values: Any) -> Parcel: ...
+    def receive(self, parcel: Parcel) -> Any: ...
+    def mark(self) -> Any: ...
+    def seconds(self, mark: Any) -> float: ...
+    def synchronize(self) -> None: ...
+
+
+class CpuQueue:
+    """The processor itself: work is done when the call returns."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        yield
+
+    def send(self, values: Any) -> Parcel:
+        return pack(values)
+
+    def receive(self, parcel: Parcel) -> Any:
+        check_unchanged(parcel)
+        if parcel.event is not None:
+            parcel.event.synchronize()  # from a GPU: the copy below must find complete values
+        return _moved(parcel.values, self.device)
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def seconds(self, mark: float) -> float:
+        return mark
+
+    def synchronize(self) -> None:
+        return None
+
+
+class CudaQueue:
+    """One stream of a GPU. The host runs ahead of it by at most `num_ahead` received parcels."""
+
+    def __init__(self, device: torch.device, num_ahead: int = 8) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.stream.wait_stream(torch.cuda.current_stream(device))  # parameters were made there
+        self._num_ahead = num_ahead
+        self._reading: list[Any] = []
+        self._read: deque[tuple[torch.cuda.Event, list[Any]]] = deque()
+        self._host_start = time.perf_counter()
+        self._start = torch.cuda.Event(enable_timing=True)
+        self._start.record(self.stream)
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            yield
+        self._settle()
+
+    def send(self, values: Any) -> Parcel:
+        event = torch.cuda.Event()
+        event.record(self.stream)
+        return pack(values, event)
+
+    def receive(self, parcel: Parcel) -> Any:
+        check_unchanged(parcel)
+        if parcel.event is not None:
+            self.stream.wait_event(parcel.event)
+        self._reading.append(parcel.values)
+        return _moved(parcel.values, self.device)
+
+    def _settle(self) -> None:
+        """Free what has been read; wait only when the host is too far ahead."""
+        if self._reading:
+            event = torch.cuda.Event()
+            event.record(self.stream)
+            self._read.append((event, self._reading))
+            self._reading = []
+        while self._read and (self._read[0][0].query() or len(self._read) > self._num_ahead):
+            self._read.popleft()[0].synchronize()
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(self.stream)
+        return event
+
+    def seconds(self, mark: torch.cuda.Event) -> float:
+        mark.synchronize()
+        return self._host_start + float(self._start.elapsed_time(mark)) / 1000
+
+    def synchronize(self) -> None:
+        self.stream.synchronize()
+        self._read.clear()
+
+
+Queues = dict[torch.device, Queue]
+
+
+def make_queues(stages: Iterable[Stage]) -> Queues:
+    """One queue per device that the stages of a lane lie on."""
+    devices = {stage.device for stage in stages}
+    return {device: CudaQueue(device) if device.type == "cuda" else CpuQueue(device) for device in devices}
+
+
+def pack_from_caller(values: Any) -> Parcel:
+    """Values of the caller: complete when what the caller's own stream has queued so far is done."""
+    on_gpu = next((t for t in pytree.tree_leaves(values) if isinstance(t, torch.Tensor) and t.is_cuda), None)
+    if on_gpu is None:
+        return pack(values)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(on_gpu.device))
+    return pack(values, event)
+
+
+def _moved(values: Any, device: torch.device) -> Any:
+    def move(value: Any) -> Any:
+        return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+
+    return pytree.tree_map(move, values)

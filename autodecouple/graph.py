@@ -1,0 +1,162 @@
+"""A captured model: an fx.GraphModule per mode, over the user's own parameters, with its measured nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from autodecouple.errors import InputError
+from autodecouple.plans import TensorSpec
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What the fake run of one node showed; positions count the graph's operations from 0.
+
+    value:           its tensor (or integer), None for tuples and None
+    gradient_since:  position from which it carries a gradient, None if never
+    storages:        identities of the memory it lives in; views and in-place results share them
+    writes:          identities of the memory that it writes into
+    forward_flops:   of the operation
+    backward_flops:  pairs (threshold, FLOPs): spent when the stage begins at or before `threshold`, since only then
+                     does an input of the node need a gradient
+    activation_bytes: new memory that the backward may need
+    depends:         the last position, up to this one, at which a trainable parameter enters its value; -1 if none
+    """
+
+    position: int
+    value: TensorSpec | None
+    gradient_since: int | None
+    storages: frozenset[int]
+    writes: frozenset[int]
+    forward_flops: int = 0
+    backward_flops: tuple[tuple[int, int], ...] = ()
+    activation_bytes: int = 0
+    depends: int = -1
+
+    def carries_gradient(self, position: int) -> bool:
+        return self.gradient_since is not None and self.gradient_since <= position
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The model as captured.
+
+    model:      the user's own module
+    train:      its training-mode graph; get_attr nodes lead to the user's own parameters and buffers
+    evaluation: its evaluation-mode graph, None where only the training mode could be captured
+    inputs:     the tensors that enter, in the order of the graph's placeholders, at the example batch
+    constants:  inputs that are no tensors; the capture holds for these values only
+    in_spec:    how (args, kwargs) nest
+    out_spec:   how the output nests
+    measures:   filled in by `passes.measure`, by node name
+    """
+
+    model: nn.Module
+    train: fx.GraphModule
+    evaluation: fx.GraphModule | None
+    inputs: tuple[TensorSpec, ...]
+    constants: Mapping[str, object]
+    in_spec: Any
+    out_spec: Any
+    measures: Mapping[str, Measure] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def operations(self) -> list[fx.Node]:
+        """The nodes that compute, in execution order; their index is their position."""
+        return operations(self.train.graph)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's parameters lie at capture."""
+        return device_of(self.model)
+
+    @property
+    def outputs(self) -> tuple[Any, ...]:
+        """The flat leaves of the output node."""
+        return output_leaves(self.train.graph)
+
+    @property
+    def num_classes(self) -> int | None:
+        """Width of the first (N, C) floating point output, None if there is none."""
+        for leaf in self.outputs:
+            spec = self.measures[leaf.name].value if isinstance(leaf, fx.Node) else None
+            if spec is not None and len(spec.shape) == 2 and spec.batch_dim == 0 and "float" in spec.dtype:
+                return spec.shape[1]
+        return None
+
+    @property
+    def signal(self) -> TensorSpec:
+        """What heads compare with: one class index per row."""
+        batch = next((s.shape[s.batch_dim] for s in self.inputs if s.batch_dim is not None), 1)
+        return TensorSpec("target", (batch,), "int64", 0, self.num_classes)
+
+    def parameter_uses(self) -> dict[str, list[int]]:
+        """Positions at which each trainable parameter is used, by its name in the model."""
+        positions = {node: i for i, node in enumerate(self.operations)}
+        uses: dict[str, list[int]] = {}
+        for node in self.train.graph.find_nodes(op="get_attr"):
+            value = attribute(self.train, node)
+            if isinstance(value, nn.Parameter) and value.requires_grad:
+                name = str(node.target)
+                uses.setdefault(name, []).extend(positions[user] for user in node.users if user in positions)
+        return uses
+
+
+def operations(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
+
+
+def output_leaves(graph: fx.Graph) -> tuple[Any, ...]:
+    """What the output node returns, as a flat tuple."""
+    (value,) = graph.output_node().args
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def attribute(module: nn.Module, node: fx.Node) -> Any:
+    """The parameter, buffer or constant that a get_attr node names."""
+    value: Any = module
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    return value
+
+
+def device_of(module: nn.Module) -> torch.device:
+    tensors: Iterable[torch.Tensor] = (*module.parameters(), *module.buffers())
+    return next((t.device for t in tensors), torch.device("cpu"))
+
+
+def module_path(node: fx.Node) -> tuple[str, ...]:
+    """The names of the modules, outermost first, in whose forward the node ran; () where unknown."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return tuple(name for name, _ in stack.values() if not name.startswith("_"))
+
+
+def named_leaves(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter under each of its names; shared ones come once per name."""
+    yield from model.named_parameters(remove_duplicate=False)
+
+
+def spec_of(name: str, value: object, batch_dim: int | None) -> TensorSpec | None:
+    """The spec of a tensor or integer, None for anything else."""
+    if isinstance(value, torch.Tensor):
+        return TensorSpec(name, tuple(int(s) for s in value.shape), dtype_name(value.dtype), batch_dim)
+    if isinstance(value, int):
+        return TensorSpec(name, (), "int", None)
+    return None
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_from(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise InputError(f"{name!r} is not a torch dtype; write float32, int64, bool, ...")
+    return dtype

@@ -1,0 +1,53 @@
+"""The task loss on the last stage's output, as the head of the last stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from autodecouple.errors import InputError
+
+
+class Criterion(nn.Module):
+    """Puts the flat outputs back into the model's own structure and compares them with the target.
+
+    criterion: callable (output, target) -> scalar; None is cross-entropy on the logits, that is on the output itself
+               or on its entry `logits`, or else its only floating point tensor
+    """
+
+    def __init__(self, criterion: Callable[[Any, Any], torch.Tensor] | None, out_spec: Any) -> None:
+        super().__init__()
+        self.own = criterion is not None
+        self.criterion: Callable[[Any, Any], torch.Tensor] = (
+            criterion if criterion is not None else nn.CrossEntropyLoss()
+        )
+        self.out_spec = out_spec
+
+    def forward(self, *outputs_and_target: Any) -> tuple[torch.Tensor, Any]:
+        *leaves, target = outputs_and_target
+        output = pytree.tree_unflatten(leaves, self.out_spec)
+        loss = self.criterion(output if self.own else _logits(output), target)
+        if not isinstance(loss, torch.Tensor) or loss.ndim != 0:
+            raise InputError(f"the criterion must return a scalar tensor, but returned {_describe(loss)}")
+        return loss, target
+
+
+def _logits(output: Any) -> torch.Tensor:
+    named = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
+    if isinstance(named, torch.Tensor):
+        return named
+    floats = [x for x in pytree.tree_leaves(output) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    if len(floats) != 1:
+        raise InputError(
+            f"the model returns {len(floats)} floating point tensors and none is called logits: pass"
+            " criterion=lambda output, target: ... that says which to compare"
+        )
+    return floats[0]
+
+
+def _describe(value: Any) -> str:
+    return f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)

@@ -1,0 +1,171 @@
+"""DeInfoReg: regularised information in every stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from autodecouple.errors import InputError
+from autodecouple.objectives.heads import (
+    PROJECTORS,
+    Pool,
+    Projector,
+    RowNorm,
+    check_choice,
+    check_positive,
+    check_specs,
+    full_precision,
+    head_dtype,
+    unit_rows,
+    widen,
+)
+from autodecouple.plans import TensorSpec
+
+CE_MODES = ("merge", "unmerge", "paper")
+
+
+@dataclass(frozen=True)
+class DeInfoReg:
+    """Variance, invariance and covariance of the embeddings, and a little cross-entropy (the loss of DeInfoReg).
+
+    With e the embeddings (N, D), n their rows at length 1, c = n - mean over rows of n, and S(x) the cosines between
+    the rows of x, each row centred first, clamped to [-1, 1]:
+
+    V   = mean over d of relu(1 - sqrt(var_d(c) + 1e-7)) / N    (unbiased variance; 0 for one row)
+    I   = mean over N x N of (S(onehot y) - S(n))^2             (1 within a class, -1/(num_classes - 1) between)
+    Cov = sum over i != j of ((c'c / N)_ij)^2 / D
+    loss = variance V + invariance I + covariance Cov + alpha CE(C(e), y)
+
+    ce="merge":   the cross-entropy reaches classifier, projector and stage; what the released code does by default
+       "paper":   it trains projector and classifier only; what the paper's text says
+       "unmerge": its classifier has a projector of its own on detached features; the code's other mode
+    alpha=0 leaves the classifier out, as the code does after an embedding.
+
+    pool:       cells per spatial dimension, None flattens (see `Pool`)
+    projector:  "mlp" with a layer to each of `widths`, "linear" to the last, "identity", or None: "identity" for
+                tokens and else "mlp", as in the code. The classifier is Tanh-Linear on the identity, and else
+                [BatchNorm-]ReLU-Linear
+    batch_norm: in projector and classifier; a batch of one row takes the running statistics
+
+    Where paper and code differ this is the code: equations 3-7 have unnormalised embeddings, 4 lacks the 1/N of V, and
+    5 has 1/N for 1/N^2. As rows have length 1, the deviation is at most about 1/sqrt(D), so V is nearly constant.
+    Why these defaults: weights and alpha are the code's (the paper's table 10 favours alpha=0.01). The invariance
+    target has rank num_classes - 1, so 512 is wide enough for most label sets and costs a sixteenth of 2048.
+    """
+
+    name: ClassVar[str] = "deinforeg"
+    encodes: ClassVar[bool] = False
+
+    ce: str = "merge"
+    alpha: float = 0.001
+    variance: float = 1.0
+    invariance: float = 1.0
+    covariance: float = 1.0
+    pool: int | None = 2
+    projector: str | None = None
+    widths: tuple[int, ...] = (512, 512, 512)
+    batch_norm: bool = True
+
+    def __post_init__(self) -> None:
+        check_choice("ce", self.ce, CE_MODES)
+        check_choice("projector", self.projector, (None, *PROJECTORS))
+        weights = (self.alpha, self.variance, self.invariance, self.covariance)
+        for name, weight in zip(("alpha", "variance", "invariance", "covariance"), weights, strict=True):
+            check_positive(**{name: weight or None})  # 0 leaves a term out
+        check_positive(pool=self.pool, **{f"widths[{i}]": width for i, width in enumerate(self.widths)})
+        if not self.widths:
+            raise InputError("widths=() leaves the projector without a layer; projector='identity' says that")
+
+    @staticmethod
+    def paper() -> DeInfoReg:
+        """The head of the DeInfoReg code for images: flatten, then 2048-2048-2048; sizes must be fixed."""
+        return DeInfoReg(pool=None, widths=(2048, 2048, 2048))
+
+    def head(self, features: TensorSpec, signal: TensorSpec) -> nn.Module:
+        """A head for features (N, D), (N, T, D), (N, C, H, W) or (N, C, D, H, W) and class indices (N,)."""
+        num_classes = check_specs(self.name, features, signal)
+        pool = Pool(features, self.pool)
+        return DeInfoRegHead(self, pool, num_classes, head_dtype(features))
+
+    def build_projector(self, pool: Pool, dtype: torch.dtype) -> Projector:
+        kind = self.projector or ("identity" if pool.has_tokens else "mlp")
+        return Projector(pool.width, self.widths, kind, self.batch_norm, dtype)
+
+
+class DeInfoRegHead(nn.Module):
+    """Pool, projector, classifier and the four terms."""
+
+    def __init__(self, objective: DeInfoReg, pool: Pool, num_classes: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.objective = objective
+        self.num_classes = num_classes
+        self.pool = pool
+        self.projector = objective.build_projector(pool, dtype)
+        if objective.alpha:
+            self.classifier = _classifier(self.projector, num_classes, objective.batch_norm, dtype)
+            if objective.ce == "unmerge":
+                self.classifier.insert(0, objective.build_projector(pool, dtype))
+
+    def forward(self, features: Tensor, signal: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        pooled = self.pool(features, mask)
+        embeddings = self.projector(pooled)
+        logits = self._logits(pooled, embeddings) if self.objective.alpha else None
+        with full_precision(embeddings):
+            loss = self._terms(unit_rows(widen(embeddings)), signal)
+            if logits is not None:
+                loss = loss + self.objective.alpha * F.cross_entropy(widen(logits), signal)
+        return loss, signal
+
+    def _logits(self, pooled: Tensor, embeddings: Tensor) -> Tensor:
+        # merge:    h -- P --+-- V, I, Cov     paper:    h ------- P -- V, I, Cov     unmerge:  h ------- P -- V, I, Cov
+        #                    +-- C -- CE                  detach - P -- C -- CE                   detach - P' - C -- CE
+        if self.objective.ce == "paper":
+            embeddings = self.projector(pooled.detach())  # again: its parameters take part, the stage does not
+        elif self.objective.ce == "unmerge":
+            embeddings = pooled.detach()
+        logits: Tensor = self.classifier(embeddings)
+        return logits
+
+    def _terms(self, units: Tensor, labels: Tensor) -> Tensor:
+        objective, centred = self.objective, units - units.mean(0)
+        return (
+            objective.variance * variance_term(centred)
+            + objective.invariance * invariance_term(units, labels, self.num_classes)
+            + objective.covariance * covariance_term(centred)
+        )
+
+
+def variance_term(centred: Tensor) -> Tensor:
+    """V: how far the deviations along the columns of (N, D) stay below 1."""
+    num_rows = centred.shape[0]
+    variance = centred.square().sum(0) / max(num_rows - 1, 1)  # Tensor.var is NaN for one row
+    return F.relu(1 - (variance + 1e-7).sqrt()).mean() / num_rows
+
+
+def invariance_term(units: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """I: how far the rows' cosines are from those of their one-hot labels."""
+    rows = unit_rows(units - units.mean(1, keepdim=True))
+    cosines = (rows @ rows.T).clamp(-1, 1)
+    within = 1.0 if num_classes > 1 else 0.0  # the one-hot of a single class is centred to zero
+    between = -1 / max(num_classes - 1, 1)
+    # Not where(same, within, between): of two Python numbers that is float32, also for float64 features.
+    return torch.where(labels.unsqueeze(1) == labels, within - cosines, between - cosines).square().mean()
+
+
+def covariance_term(centred: Tensor) -> Tensor:
+    """Cov: the squared covariances between different columns of (N, D)."""
+    num_rows, width = centred.shape
+    squares = (centred.T @ centred / num_rows).square()
+    return (squares.sum() - squares.diagonal().sum()) / width
+
+
+def _classifier(projector: Projector, num_classes: int, batch_norm: bool, dtype: torch.dtype) -> nn.Sequential:
+    last = nn.Linear(projector.width, num_classes, dtype=dtype)
+    if len(projector) == 0:
+        return nn.Sequential(nn.Tanh(), last)
+    norm = [RowNorm(projector.width, dtype=dtype)] if batch_norm else []
+    return nn.Sequential(*norm, nn.ReLU(), last)

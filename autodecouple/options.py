@@ -1,0 +1,118 @@
+"""What the user asks for, checked before anything is captured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from autodecouple import objectives, schedules
+from autodecouple.errors import InputError, PlanError
+from autodecouple.executors import EXECUTORS
+from autodecouple.objectives import Objective
+from autodecouple.passes.partition import check_n_stages
+from autodecouple.passes.place import check_device, default_devices
+from autodecouple.plans import Plan
+from autodecouple.schedules import Schedule, Sequential
+from autodecouple.stage import Training
+
+Loss = str | Objective | Sequence[str | Objective]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a plan is asked to be; `n_stages` counts without the extra stage of a detached classifier."""
+
+    n_stages: int
+    objectives: tuple[Objective, ...]
+    devices: tuple[str, ...]
+    cut_at: tuple[str, ...] = ()
+    memory_limit: int | None = None
+    detach_classifier: bool | str = False
+    plan: Plan | None = None
+
+    @staticmethod
+    def checked(
+        n_stages: int | None,
+        loss: Loss,
+        devices: Sequence[Any] | None,
+        *,
+        cost: str = "flops",
+        cut_at: Sequence[str] = (),
+        memory_limit: int | None = None,
+        detach_classifier: bool | str = False,
+        plan: Plan | None = None,
+    ) -> Wish:
+        """Raises InputError, PartitionError or PlanError for what can be refused without the model."""
+        if cost != "flops":
+            raise InputError(f"cost={cost!r} is not known; there is: 'flops'")
+        if isinstance(cut_at, str):
+            raise InputError(f"cut_at={cut_at!r} is a string; pass a list of names: [{cut_at!r}]")
+        if plan is not None and not isinstance(plan, Plan):
+            raise PlanError(f"plan={plan!r} is no Plan; read JSON with Plan.from_json(text)")
+        names = tuple(default_devices() if devices is None else map(check_device, devices))
+        if not names:
+            raise InputError('devices is empty; name at least one lane, like devices=["cpu"]')
+        if n_stages is None:
+            given = plan is not None or cut_at
+            n_stages = (len(plan.stages) if plan is not None else len(cut_at) + 1) if given else len(names)
+        check_n_stages(n_stages)
+        if plan is not None and len(plan.stages) != n_stages:
+            raise PlanError(f"the plan has {len(plan.stages)} stages, but n_stages={n_stages}")
+        hidden = n_stages if detach_classifier and plan is None else n_stages - 1
+        found = objectives.resolve(loss, hidden)
+        return Wish(n_stages, found, names, tuple(cut_at), memory_limit, detach_classifier, plan)
+
+
+@dataclass(frozen=True)
+class Options:
+    """All that `compile` was told, beside the model."""
+
+    wish: Wish
+    training: Training
+    criterion: Callable[[Any, Any], torch.Tensor] | None
+    schedule: Schedule
+    executor: str
+    seed: int
+
+    @staticmethod
+    def checked(
+        wish: Wish,
+        training: Training,
+        criterion: Callable[[Any, Any], torch.Tensor] | None,
+        schedule: str | Schedule,
+        executor: str | None,
+        seed: int,
+    ) -> Options:
+        if criterion is not None and not callable(criterion):
+            raise InputError(f"criterion={criterion!r} is not callable; pass a loss like nn.CrossEntropyLoss()")
+        found = schedules.resolve(schedule)
+        chosen = executor if executor is not None else "inline" if isinstance(found, Sequential) else "streams"
+        if chosen not in EXECUTORS:
+            raise InputError(f"executor={executor!r} is not known; there are: {', '.join(EXECUTORS)}")
+        return Options(wish, training, criterion, found, chosen, seed)
+
+
+def check_training(training: Training) -> Training:
+    """Raises InputError naming the first field that no training could use."""
+    if isinstance(training.accumulate, bool) or not isinstance(training.accumulate, int) or training.accumulate < 1:
+        raise InputError(f"accumulate must be a positive integer, not {training.accumulate!r}")
+    if training.clip_grad_norm is not None and not training.clip_grad_norm > 0:
+        raise InputError(f"clip_grad_norm must be positive or None, not {training.clip_grad_norm!r}")
+    if training.on_nonfinite not in ("raise", "skip", "ignore"):
+        raise InputError(f'on_nonfinite must be "raise", "skip" or "ignore", not {training.on_nonfinite!r}')
+    if not callable(training.optimizer):
+        raise InputError(
+            f"optimizer={training.optimizer!r} must be a function from parameters to an optimizer, since every stage"
+            " has its own: optimizer=lambda params: torch.optim.Adam(params, lr=1e-3)"
+        )
+    return training
+
+
+def check_model(model: object) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model must be an nn.Module, but is {type(model).__name__}")
+    return model

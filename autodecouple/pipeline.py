@@ -1,0 +1,209 @@
+"""From a model and options to stages at work: the compiler, as a list of passes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from autodecouple.errors import InputError, PlanError
+from autodecouple.executors import EXECUTORS, Executor
+from autodecouple.executors.executor import Programs
+from autodecouple.executors.job import Job
+from autodecouple.graph import Graph
+from autodecouple.objectives.criterion import Criterion
+from autodecouple.options import Options, Wish
+from autodecouple.passes import verify
+from autodecouple.passes.candidates import Candidate, find_cuts
+from autodecouple.passes.codegen import StageCode, emit_inference, emit_stages
+from autodecouple.passes.insert import drawn_in_kernels, insert_heads
+from autodecouple.passes.measure import annotate
+from autodecouple.passes.partition import choose_cuts, find_classifier
+from autodecouple.passes.place import assign_lanes
+from autodecouple.passes.trace import bind, capture
+from autodecouple.plans import Plan
+from autodecouple.randomness import Randomness
+from autodecouple.stage import Stage
+
+
+def analyse(model: nn.Module, example_inputs: Any) -> tuple[Graph, tuple[Candidate, ...]]:
+    """The captured and measured model, and every place where it might be cut."""
+    graph = annotate(capture(model, example_inputs))
+    return graph, find_cuts(graph)
+
+
+def decide(graph: Graph, candidates: tuple[Candidate, ...], wish: Wish) -> Plan:
+    """The plan: cuts, then lanes, then what the user should know about it."""
+    if wish.plan is not None:
+        plan = _fit(wish.plan, graph, candidates, wish)
+    else:
+        classifier = find_classifier(graph, candidates, wish.detach_classifier) if wish.detach_classifier else None
+        plan = choose_cuts(
+            graph,
+            candidates,
+            wish.n_stages,
+            wish.objectives,
+            cut_at=wish.cut_at,
+            memory_limit=wish.memory_limit,
+            classifier=classifier,
+        )
+        plan = assign_lanes(plan, wish.devices, glued=(wish.n_stages,) if classifier else ())
+    return dataclasses.replace(plan, warnings=(*plan.warnings, *_warnings(graph, plan)))
+
+
+def _fit(plan: Plan, graph: Graph, candidates: tuple[Candidate, ...], wish: Wish) -> Plan:
+    """A given plan on this graph: its cuts, lanes and devices count, everything else is worked out again."""
+    known = {candidate.node for candidate in candidates} | {node.name for node in graph.operations}
+    named = [name for stage in plan.stages for name in stage.nodes] + [cut.after for cut in plan.cuts]
+    if unknown := [name for name in named if name not in known]:
+        raise PlanError(
+            f"the plan does not fit {type(graph.model).__name__}: it names a node {unknown[0]!r} that the captured"
+            f" model does not have; it was made for {plan.model or 'another model'}. Make a new one: autodecouple.plan()"
+        )
+    for cut, objective in zip(plan.cuts, wish.objectives, strict=True):
+        if cut.detached == (objective.name == "bp"):
+            kind = "detached" if cut.detached else "coupled"
+            raise PlanError(f"the plan's cut after {cut.after!r} is {kind}, but its loss is {objective.name!r}")
+    cuts = [cut.after for cut in plan.cuts]
+    fitted = choose_cuts(graph, candidates, len(plan.stages), wish.objectives, cut_at=cuts)
+    places = [(stage.lane, stage.device) for stage in plan.stages]
+    if any(b[0] - a[0] not in (0, 1) for a, b in itertools.pairwise([(0, ""), *places])):
+        raise PlanError(f"lanes must hold contiguous stages, counted from 0, but are {[lane for lane, _ in places]}")
+    stages = [dataclasses.replace(s, lane=lane, device=d) for s, (lane, d) in zip(fitted.stages, places, strict=True)]
+    return dataclasses.replace(fitted, stages=tuple(stages))
+
+
+def _warnings(graph: Graph, plan: Plan) -> list[str]:
+    notes = []
+    if untrained := verify.untrained_parameters(graph):
+        notes.append(f"no stage trains {', '.join(untrained)}: no loss depends on it")
+    if drawn := drawn_in_kernels(graph.train.graph):
+        names = ", ".join(node.name for node in drawn)
+        notes.append(
+            f"{names} draws its random numbers inside a kernel: such operations take turns, and other threads must not"
+            " draw from torch's default generator meanwhile"
+        )
+    if len(plan.lanes) > 1 and plan.balance < 0.5:
+        slow = plan.bottleneck
+        notes.append(f"stage {slow.index} takes {slow.flops / sum(s.flops for s in plan.stages):.0%} of the work")
+    return notes
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Stages at work, and all that led to them."""
+
+    graph: Graph
+    candidates: tuple[Candidate, ...]
+    plan: Plan
+    module: fx.GraphModule
+    codes: tuple[StageCode, ...]
+    criterion: Criterion
+    stages: tuple[Stage, ...]
+    programs: Programs
+    executor: Executor
+    inference: fx.GraphModule | None
+    options: Options
+
+    def job(self, index: int, inputs: Any, target: Any) -> Job:
+        """A batch, checked and ready to run; raises InputError before anything is lost."""
+        leaves = bind(self.graph, inputs)
+        names = [node.name for node in self.graph.train.graph.find_nodes(op="placeholder")]
+        rows = _rows(self.graph, leaves)
+        self._check_target(target, rows)
+        program = self.programs.for_rows(rows)
+        values = dict(zip(names, leaves, strict=True))
+        return Job(index, program, self.plan, values, target, rows, self.options.seed)
+
+    def output(self, job: Job) -> Any:
+        """The model's output of a finished job, in its own structure."""
+        leaves = self.graph.outputs
+        dims = [self.graph.measures[x.name].value for x in leaves if isinstance(x, fx.Node)]
+        found = iter(job.outputs([spec.batch_dim if spec is not None else None for spec in dims]))
+        return pytree.tree_unflatten(
+            [next(found) if isinstance(x, fx.Node) else x for x in leaves], self.graph.out_spec
+        )
+
+    def _check_target(self, target: Any, rows: int) -> None:
+        needs_classes = any(not self.plan.coupled_after(cut) for cut in range(len(self.plan.cuts)))
+        if needs_classes or not self.criterion.own:
+            _check_classes(target, rows, self.graph.num_classes)
+        elif isinstance(target, torch.Tensor) and target.ndim and target.shape[0] != rows:
+            raise InputError(f"the target has {target.shape[0]} rows, but the batch has {rows}")
+
+
+def build(model: nn.Module, example_inputs: Any, options: Options) -> Pipeline:
+    """Run every pass: trace, measure, candidates, partition, place, insert, codegen."""
+    graph, candidates = analyse(model, example_inputs)
+    plan = decide(graph, candidates, options.wish)
+    programs = Programs(plan, options.schedule)
+    lanes = programs.for_rows(options.schedule.num_micro_batches).lanes
+    heads = [_head(graph, plan, index, options) for index in range(len(plan.cuts))]
+    criterion = Criterion(options.criterion, graph.out_spec)
+    module = insert_heads(graph, plan, heads, criterion)
+    codes = emit_stages(module, graph, plan)
+    verify.stages_fit(codes, plan)
+    dims = _batch_dims(graph, plan, codes)
+    stages = tuple(Stage(i, code, plan, options.training, dims) for i, code in enumerate(codes))
+    program = programs.for_rows(options.schedule.num_micro_batches)
+    executor = EXECUTORS[options.executor](stages, program, max(1, torch.get_num_threads() // len(lanes)))
+    inference = emit_inference(graph, plan)
+    return Pipeline(graph, candidates, plan, module, codes, criterion, stages, programs, executor, inference, options)
+
+
+def _head(graph: Graph, plan: Plan, index: int, options: Options) -> nn.Module | None:
+    """The head at a cut, initialised from a key of its own: it does not depend on the other cuts."""
+    cut = plan.cuts[index]
+    if not cut.detached:
+        return None
+    spec = dataclasses.replace(cut.spec(cut.features), name="features")
+    with verify.seeded(Randomness(options.seed).key(cut.after)), torch.device("cpu"):
+        return options.wish.objectives[index].head(spec, graph.signal)
+
+
+def _batch_dims(graph: Graph, plan: Plan, codes: tuple[StageCode, ...]) -> dict[str, int | None]:
+    """The dimension along which micro-batches of each value that a head reads are joined."""
+    dims: dict[str, int | None] = {}
+    for code in codes:
+        for name in code.head_inputs:
+            measure = graph.measures.get(name)
+            dims[name] = measure.value.batch_dim if measure is not None and measure.value is not None else None
+        if code.mask is not None:
+            dims[code.mask] = 0
+    for cut in plan.cuts:  # features that were copied or detached keep their shape
+        dims[f"{cut.features}_cut"] = cut.spec(cut.features).batch_dim
+    return dims
+
+
+def _rows(graph: Graph, leaves: list[Any]) -> int:
+    """Rows of the batch: those of the first input that has them."""
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    dynamic = [leaf for spec, leaf in zip(graph.inputs, tensors, strict=True) if spec.batch_dim == 0]
+    first = (dynamic or [leaf for leaf in tensors if leaf.ndim])[0]
+    return int(first.shape[0])
+
+
+def _check_classes(target: Any, rows: int, num_classes: int | None) -> None:
+    if target is None:
+        raise InputError("the target is missing: train_step(inputs, target) needs one class index per row")
+    if not isinstance(target, torch.Tensor):
+        raise InputError(f"the target must be a tensor of class indices, but is {type(target).__name__}")
+    if tuple(target.shape) != (rows,):
+        raise InputError(
+            f"the target has shape {tuple(target.shape)}, but the batch has {rows} rows: pass one class index per row,"
+            f" shape ({rows},)"
+        )
+    if target.dtype != torch.int64:
+        raise InputError(f"the target must be int64 class indices, but is {target.dtype}: pass target.long()")
+    if num_classes is not None and not target.is_cuda and not target.is_meta:
+        low, high = int(target.min()), int(target.max())
+        if low < 0 or high >= num_classes:
+            raise InputError(
+                f"the target holds class {low if low < 0 else high}, but the model's output has {num_classes} classes,"
+                f" 0 to {num_classes - 1}"
+            )

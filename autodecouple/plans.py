@@ -1,0 +1,207 @@
+"""The whole decision as data: names and numbers, no torch objects, JSON in and out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from autodecouple.errors import PlanError
+
+FORMAT = 1
+"""Version of the JSON layout; raised when a field changes its meaning."""
+
+_BYTES = {"float64": 8, "int64": 8, "complex64": 8, "complex128": 16, "float32": 4, "int32": 4,
+          "float16": 2, "bfloat16": 2, "int16": 2, "int8": 1, "uint8": 1, "bool": 1, "int": 8}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A value that enters, crosses or leaves: name, shape at the example batch, dtype.
+
+    `batch_dim` is the dimension that grows with the batch, None where none does. A plain integer that travels
+    (a sequence length) has dtype "int" and shape (). `num_classes` is set for class indices only.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    batch_dim: int | None = 0
+    num_classes: int | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * _BYTES.get(self.dtype, 1)
+
+    def __str__(self) -> str:
+        dims = ["N" if i == self.batch_dim else str(size) for i, size in enumerate(self.shape)]
+        return f"{self.name} ({', '.join(dims)}) {self.dtype}"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where two stages meet.
+
+    after:    the last node before the cut
+    crossing: every value that travels to the next stage
+    features: the one of them that carries the gradient; the head reads it
+    mask:     the one that says which tokens of `features` count, where there is one; `mask_meaning` says how:
+              "keep" or "ignore" them where True, or "additive" (0 where they count, negative elsewhere)
+    copied:   those cloned at the cut, since something later writes into their memory
+    module:   the module that ends here ("layer2.1"), "" inside one
+    detached: no gradient crosses; False couples the two stages as in backpropagation
+    encodes:  the head passes on a signal of its own, so the next stage's loss waits for it
+    """
+
+    after: str
+    crossing: tuple[TensorSpec, ...]
+    features: str
+    mask: str | None = None
+    mask_meaning: str = "keep"
+    copied: tuple[str, ...] = ()
+    module: str = ""
+    detached: bool = True
+    encodes: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(spec.num_bytes for spec in self.crossing)
+
+    def spec(self, name: str) -> TensorSpec:
+        return next(spec for spec in self.crossing if spec.name == name)
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stage: its nodes, what a training step of the example batch costs, where it runs."""
+
+    index: int
+    nodes: tuple[str, ...]
+    objective: str
+    """Name of the objective on its end: "criterion" for the last stage, "bp" before a coupled cut."""
+    forward_flops: int = 0
+    backward_flops: int = 0
+    head_flops: int = 0
+    """Forward and backward of the head."""
+    num_parameters: int = 0
+    parameter_bytes: int = 0
+    head_parameter_bytes: int = 0
+    activation_bytes: int = 0
+    optimizer_bytes: int = 0
+    costliest_node: str = ""
+    costliest_flops: int = 0
+    lane: int = 0
+    device: str = "cpu"
+    modules: tuple[str, ...] = ()
+    """The modules whose forward runs here, in order and none within another; empty where unknown."""
+
+    @property
+    def flops(self) -> int:
+        """Training FLOPs of one step: forward, backward and head."""
+        return self.forward_flops + self.backward_flops + self.head_flops
+
+    @property
+    def memory_bytes(self) -> int:
+        """Parameters, their gradients, optimizer state and activations, head included."""
+        weights = self.parameter_bytes + self.head_parameter_bytes
+        return 2 * weights + self.optimizer_bytes + self.activation_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Stages in order and the cuts between them; a pure value that prints as a table and draws in a notebook."""
+
+    stages: tuple[StageSpec, ...]
+    cuts: tuple[Cut, ...] = ()
+    model: str = ""
+    inputs: tuple[TensorSpec, ...] = ()
+    warnings: tuple[str, ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        if len(self.cuts) != len(self.stages) - 1:
+            raise PlanError(
+                f"{len(self.stages)} stages need {len(self.stages) - 1} cuts, but the plan has {len(self.cuts)}"
+            )
+
+    @property
+    def balance(self) -> float:
+        """Mean stage cost / slowest stage cost: 1.0 is perfect."""
+        return self.speedup / len(self.stages)
+
+    @property
+    def speedup(self) -> float:
+        """Total cost / slowest stage cost: what streaming over one lane per stage reaches."""
+        costs = [stage.flops for stage in self.stages]
+        return sum(costs) / max(costs) if max(costs) > 0 else 1.0
+
+    @property
+    def lanes(self) -> tuple[tuple[int, ...], ...]:
+        """Stage indices per lane, in the lanes' order."""
+        count = max(stage.lane for stage in self.stages) + 1
+        return tuple(tuple(s.index for s in self.stages if s.lane == lane) for lane in range(count))
+
+    @property
+    def bottleneck(self) -> StageSpec:
+        """The slowest stage."""
+        return max(self.stages, key=lambda stage: stage.flops)
+
+    def coupled_after(self, stage: int) -> bool:
+        """Whether the gradient of the next stage comes back into this one."""
+        return stage < len(self.cuts) and not self.cuts[stage].detached
+
+    def signal_source(self, stage: int) -> int | None:
+        """The stage whose head encodes the signal that this stage's loss compares with, None for the target."""
+        return max((index for index, cut in enumerate(self.cuts[:stage]) if cut.encodes), default=None)
+
+    def to_json(self, indent: int | None = 2) -> str:
+        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=indent)
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """Read what `to_json` wrote, edited by hand or not; raises PlanError naming what is wrong."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PlanError(f"not JSON: {error}") from error
+        if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
+            raise PlanError(f'not a plan of this version: expected an object with "format": {FORMAT}')
+        data["stages"] = tuple(_build(StageSpec, s, f"stages[{i}]") for i, s in enumerate(data.get("stages", ())))
+        data["cuts"] = tuple(_build(Cut, c, f"cuts[{i}]") for i, c in enumerate(data.get("cuts", ())))
+        data["inputs"] = tuple(_build(TensorSpec, t, f"inputs[{i}]") for i, t in enumerate(data.get("inputs", ())))
+        plan = _build(Plan, data, "plan")
+        assert isinstance(plan, Plan)
+        return plan
+
+    def __str__(self) -> str:
+        from autodecouple.view import text  # the view knows plans, not the other way round
+
+        return text.plan_table(self)
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        from autodecouple.view import html
+
+        return html.mimebundle(self)
+
+
+def _build(kind: type[Any], data: Any, where: str) -> Any:
+    """A frozen dataclass from its JSON form: lists become tuples, nested specs are built, keys are checked."""
+    if not isinstance(data, Mapping):
+        raise PlanError(f"{where}: expected an object, found {data!r}")
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    if unknown := sorted(set(data) - set(fields)):
+        raise PlanError(f"{where}: unknown key {unknown[0]!r}; a {kind.__name__} has {', '.join(fields)}")
+    required = [f.name for f in fields.values() if _is_required(f)]
+    if missing := [name for name in required if name not in data]:
+        raise PlanError(f"{where}: key {missing[0]!r} is missing")
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+    if kind is Cut:
+        crossing = values["crossing"]
+        values["crossing"] = tuple(_build(TensorSpec, c, f"{where}.crossing[{i}]") for i, c in enumerate(crossing))
+    return kind(**values)
+
+
+def _is_required(f: dataclasses.Field[Any]) -> bool:
+    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING

@@ -1,0 +1,68 @@
+"""Random numbers that depend on neither executor, schedule nor number of stages.
+
+The CPU generator is one per process: stage threads would race for it. So each draw has a generator of its own, keyed by
+(seed, node, batch, micro-batch).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.utils import _pytree as pytree
+
+_default_generator = threading.RLock()
+
+
+@dataclass(frozen=True, slots=True)
+class Randomness:
+    """The key of one micro-batch's random numbers; seed None draws from torch's default generator instead."""
+
+    seed: int | None
+    batch: int = 0
+    micro_batch: int = 0
+
+    def key(self, node: str) -> int:
+        """63 bits, the same on every machine."""
+        text = f"{self.seed}/{node}/{self.batch}/{self.micro_batch}".encode()
+        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+    def dropout(self, x: torch.Tensor, p: float, node: str) -> torch.Tensor:
+        """`x` with each element zeroed with probability p, the others scaled by 1 / (1 - p)."""
+        if self.seed is None:
+            return functional.dropout(x, p)
+        if p >= 1:
+            return x * 0
+        generator = torch.Generator(x.device).manual_seed(self.key(node))
+        mask = torch.empty_like(x).bernoulli_(1 - p, generator=generator)
+        return x * mask.div_(1 - p)
+
+    def seeded(self, operation: Any, node: str, *args: Any, **kwargs: Any) -> Any:
+        """Run an operation that draws inside its kernel, from the default generator, seeded for this one call.
+
+        Only one thread may do so at a time; the generator's own state comes back.
+        """
+        if self.seed is None:
+            return operation(*args, **kwargs)
+        generator = _generator_for(args, kwargs)
+        with _default_generator:
+            before = generator.get_state()
+            generator.manual_seed(self.key(node))
+            try:
+                return operation(*args, **kwargs)
+            finally:
+                generator.set_state(before)
+
+
+def _generator_for(args: Any, kwargs: Any) -> torch.Generator:
+    """The default generator that an operation on these arguments draws from."""
+    devices = [leaf.device for leaf in pytree.tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+    device = devices[0] if devices else torch.device(kwargs.get("device") or "cpu")
+    if device.type == "cuda":
+        torch.cuda.init()
+        return torch.cuda.default_generators[device.index or 0]
+    return torch.default_generator

@@ -1,0 +1,69 @@
+"""When each lane does what: a schedule is a value, and calling it on a plan makes one order of actions per lane.
+
+    sequential     one lane, stage after stage: the reference
+    streaming      a stage starts the next batch right after its own update: no bubbles once filled
+    barrier        streaming with a barrier after every batch, as SCPL was published
+    micro_batched  streaming in micro-batches with the loss over the whole batch (SCPL+GPipe)
+    gpipe, 1f1b    the two classical schedules of coupled stages
+
+Any callable value with the same three fields is a schedule too; `Program` checks the lanes that it makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from autodecouple.errors import ScheduleError
+from autodecouple.schedules.actions import Action, Lane, Op, Schedule, dependencies, dependencies_across
+from autodecouple.schedules.gpipe import GPipe
+from autodecouple.schedules.micro_batched import MicroBatched
+from autodecouple.schedules.one_f_one_b import OneFOneB
+from autodecouple.schedules.program import Program, check, order
+from autodecouple.schedules.sequential import Sequential
+from autodecouple.schedules.streaming import Streaming
+
+SCHEDULES: Mapping[str, Schedule] = MappingProxyType(
+    {
+        "sequential": Sequential(),
+        "streaming": Streaming(),
+        "barrier": Streaming(barrier=True),
+        "micro_batched": MicroBatched(),
+        "gpipe": GPipe(),
+        "1f1b": OneFOneB(),
+    }
+)
+"""The schedules that have a name, with their default fields."""
+
+
+def resolve(schedule: str | Schedule) -> Schedule:
+    """The schedule of that name, or the given one itself; raises ScheduleError listing the names."""
+    if isinstance(schedule, str):
+        if schedule not in SCHEDULES:
+            raise ScheduleError(f"no schedule is called {schedule!r}; choose one of {', '.join(SCHEDULES)}")
+        return SCHEDULES[schedule]
+    if isinstance(schedule, type) or not callable(schedule):
+        raise ScheduleError(
+            f"{schedule!r} is not a schedule; give a name ({', '.join(SCHEDULES)}) or a value such as Streaming()"
+        )
+    return schedule
+
+
+__all__ = [
+    "SCHEDULES",
+    "Action",
+    "GPipe",
+    "Lane",
+    "MicroBatched",
+    "OneFOneB",
+    "Op",
+    "Program",
+    "Schedule",
+    "Sequential",
+    "Streaming",
+    "check",
+    "dependencies",
+    "dependencies_across",
+    "order",
+    "resolve",
+]

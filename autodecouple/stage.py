@@ -1,0 +1,262 @@
+"""One stage at work: forward, loss, backward and update of its own piece of the network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
+
+from autodecouple.errors import NonFiniteLossError
+from autodecouple.passes.codegen import StageCode
+from autodecouple.plans import Plan
+from autodecouple.randomness import Randomness
+
+Values = dict[str, Any]
+"""Tensors and integers by the name of the node that made them."""
+
+
+@dataclass
+class Passage:
+    """One micro-batch on its way through a stage: what was sent and made, and the gradients that wait for backward."""
+
+    values: Values
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Work:
+    """What a stage holds of one batch between its forward and its update."""
+
+    rows: int
+    passages: dict[int, Passage] = field(default_factory=dict)
+    losses: list[torch.Tensor] = field(default_factory=list)
+    finite: list[_Flag] = field(default_factory=list)
+    buffers: list[torch.Tensor] = field(default_factory=list)
+    outputs: dict[int, tuple[Any, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Training:
+    """How every stage is trained.
+
+    clip_grad_norm: largest gradient norm of a stage, head included; None for no clipping. The norm is local: one over
+                    the whole model would couple the stages again
+    accumulate:     batches per update; their gradients are averaged
+    on_nonfinite:   "raise", "skip" (leave the batch out, on this stage) or "ignore"
+    """
+
+    optimizer: Callable[[list[nn.Parameter]], Optimizer]
+    scheduler: Callable[[Optimizer], Any] | None = None
+    clip_grad_norm: float | None = None
+    accumulate: int = 1
+    on_nonfinite: str = "raise"
+
+
+class Stage:
+    """A piece of the model with its head, optimizer and scheduler, on its device."""
+
+    def __init__(
+        self, index: int, code: StageCode, plan: Plan, training: Training, batch_dims: Mapping[str, int | None]
+    ):
+        self.index = index
+        self.code = code
+        self.plan = plan
+        self.training = training
+        self.batch_dims = batch_dims
+        self.coupled_before = index > 0 and not plan.cuts[index - 1].detached
+        self.device = torch.device("cpu")
+        self.buffers: list[torch.Tensor] = []
+        self.skipped = 0
+        self.pending = 0  # batches since the last update
+        self.place(torch.device(plan.stages[index].device))
+        self.parameters = _trainable(code)
+        self.optimizer = training.optimizer(self.parameters) if self.parameters else None
+        self.scheduler = training.scheduler(self.optimizer) if training.scheduler and self.optimizer else None
+
+    @property
+    def has_loss(self) -> bool:
+        return self.code.head is not None
+
+    def place(self, device: torch.device) -> None:
+        """Move parameters, buffers and head; the user's objects stay the same, optimizer state follows."""
+        self.device = device
+        modules: list[nn.Module] = [self.code.body, *([self.code.head] if self.code.head is not None else [])]
+        for module in modules:
+            for tensor in (*module.parameters(), *module.buffers()):
+                tensor.data = tensor.data.to(device)
+        buffers = dict(self.code.body.named_buffers())
+        self.buffers = [buffers[name] for name in self.code.written]
+        if getattr(self, "optimizer", None) is not None:
+            assert self.optimizer is not None
+            self.optimizer.load_state_dict(self.optimizer.state_dict())  # casts its state to the parameters' device
+
+    def forward(self, work: Work, micro_batch: int, received: Values, randomness: Randomness) -> Values:
+        """Run one micro-batch; returns what the next stage is sent, free of this stage's graph."""
+        if not work.passages and self.training.on_nonfinite != "ignore":
+            work.buffers = [buffer.clone() for buffer in self.buffers]
+        if self.coupled_before:
+            name = self._incoming
+            received = {**received, name: received[name].detach().requires_grad_()}
+        arguments = [received[name] for name in self.code.inputs]
+        outputs = self.code.body(*arguments, *([randomness] if self.code.draws else []))
+        values = {**received, **dict(zip(self.code.outputs, outputs, strict=True))}
+        work.passages[micro_batch] = Passage(values)
+        if self.index == len(self.plan.cuts):
+            work.outputs[micro_batch] = tuple(_free(values[name]) for name in self.code.head_inputs)
+        return {name: _free(values[name]) for name in self.code.sends}
+
+    def loss(self, work: Work, micro_batch: int | None, signal: Any) -> Any:
+        """Loss of the whole batch, or of one micro-batch weighted by its rows, and its gradient at the features.
+
+        Returns the signal that the head passes on.
+        """
+        assert self.code.head is not None
+        chosen = sorted(work.passages) if micro_batch is None else [micro_batch]
+        passages = [work.passages[m] for m in chosen]
+        leaves = {name: self._join(name, passages) for name in self._read}
+        mask = {"mask": leaves[self.code.mask]} if self.code.mask is not None else {}
+        loss, encoded = self.code.head(*(leaves[name] for name in self.code.head_inputs), signal, **mask)
+        weight = 1.0 if micro_batch is None else _rows(signal, work.rows) / work.rows
+        weighted = loss if weight == 1.0 else loss * weight
+        work.losses.append(weighted.detach())
+        work.finite.append(_Flag(weighted.detach()))
+        if weighted.requires_grad:
+            share = weighted / self.training.accumulate if self.training.accumulate > 1 else weighted
+            share.backward()
+        self._split(leaves, passages)
+        return _free_tree(encoded)
+
+    def backward(self, work: Work, micro_batch: int, gradient: torch.Tensor | None) -> torch.Tensor | None:
+        """Carry the gradients of one micro-batch through the stage; returns that of a coupled input."""
+        passage = work.passages.pop(micro_batch)
+        if gradient is not None:
+            passage.gradients[self._outgoing] = gradient
+        names = [name for name in passage.gradients if passage.values[name].requires_grad]
+        if names:
+            tensors = [passage.values[name] for name in names]
+            torch.autograd.backward(tensors, [passage.gradients[name] for name in names])
+        if not self.coupled_before:
+            return None
+        leaf: torch.Tensor = passage.values[self._incoming]
+        return leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
+
+    def update(self, work: Work) -> torch.Tensor | None:
+        """Step the optimizer and scheduler; returns the batch's loss. A loss that is not finite updates nothing."""
+        if self.training.on_nonfinite != "ignore" and not all(flag.is_set() for flag in work.finite):
+            value = math.fsum(float(loss) for loss in work.losses)
+            self.discard(work)
+            if self.training.on_nonfinite == "raise":
+                raise NonFiniteLossError(
+                    f"the loss of stage {self.index} is {value}: nothing of this stage was updated with this batch."
+                    ' Lower the learning rate, clip gradients (clip_grad_norm=), or pass on_nonfinite="skip".'
+                )
+            self.skipped += 1
+            return sum(work.losses, torch.zeros((), device=self.device))
+        self.pending += 1
+        if self.optimizer is not None and self.pending >= self.training.accumulate:
+            if self.training.clip_grad_norm is not None:
+                nn.utils.clip_grad_norm_(self.parameters, self.training.clip_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.pending = 0
+            if self.scheduler is not None:
+                self.scheduler.step()
+        return sum(work.losses[1:], work.losses[0]) if work.losses else None
+
+    def discard(self, work: Work) -> None:
+        """Forget a batch: gradients and buffers as they were before its forward.
+
+        Gradients that earlier batches of an accumulation left go too: they cannot be told apart.
+        """
+        work.passages.clear()
+        with torch.no_grad():
+            for buffer, before in zip(self.buffers, work.buffers, strict=False):
+                buffer.copy_(before)
+        for parameter in self.parameters:
+            parameter.grad = None
+        self.pending = 0
+
+    @property
+    def _incoming(self) -> str:
+        """The name under which the coupled features arrive."""
+        return _crossing_name(self.plan, self.index - 1)
+
+    @property
+    def _outgoing(self) -> str:
+        return _crossing_name(self.plan, self.index)
+
+    @property
+    def _read(self) -> Sequence[str]:
+        return (*self.code.head_inputs, *((self.code.mask,) if self.code.mask is not None else ()))
+
+    def _join(self, name: str, passages: Sequence[Passage]) -> Any:
+        """A value of the whole batch, as a leaf: the head's graph ends here, the stage's begins here."""
+        parts = [passage.values[name] for passage in passages]
+        dim = self.batch_dims.get(name)
+        single = len(parts) == 1 or dim is None
+        whole = parts[0] if single else torch.cat([part.detach() for part in parts], dim or 0)
+        if not isinstance(whole, torch.Tensor):
+            return whole
+        return whole.detach().requires_grad_(any(part.requires_grad for part in parts))
+
+    def _split(self, leaves: Values, passages: Sequence[Passage]) -> None:
+        """Hand every micro-batch its rows of the gradient at the features."""
+        for name, leaf in leaves.items():
+            if not isinstance(leaf, torch.Tensor) or leaf.grad is None:
+                continue
+            if len(passages) == 1:
+                passages[0].gradients[name] = leaf.grad
+                continue
+            dim = self.batch_dims[name]
+            assert dim is not None
+            sizes = [passage.values[name].shape[dim] for passage in passages]
+            for passage, part in zip(passages, leaf.grad.split(sizes, dim), strict=True):
+                passage.gradients[name] = part
+
+
+class _Flag:
+    """Whether a loss is finite, asked for without making the device wait: the answer travels behind the backward."""
+
+    def __init__(self, loss: torch.Tensor) -> None:
+        self._value = torch.isfinite(loss)
+        self._event: torch.cuda.Event | None = None
+        if loss.is_cuda:
+            host = torch.empty((), dtype=torch.bool, pin_memory=True)
+            host.copy_(self._value, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+            self._value = host
+
+    def is_set(self) -> bool:
+        if self._event is not None:
+            self._event.synchronize()
+        return bool(self._value)
+
+
+def _crossing_name(plan: Plan, cut: int) -> str:
+    """Name of the features behind a cut: coupled ones are only renamed where they are copied."""
+    found = plan.cuts[cut]
+    return f"{found.features}_cut" if found.features in found.copied else found.features
+
+
+def _trainable(code: StageCode) -> list[nn.Parameter]:
+    heads = list(code.head.parameters()) if code.head is not None else []
+    return [parameter for parameter in (*code.body.parameters(), *heads) if parameter.requires_grad]
+
+
+def _rows(signal: Any, default: int) -> int:
+    return int(signal.shape[0]) if isinstance(signal, torch.Tensor) and signal.ndim else default
+
+
+def _free(value: Any) -> Any:
+    return value.detach() if isinstance(value, torch.Tensor) else value
+
+
+def _free_tree(value: Any) -> Any:
+    return pytree.tree_map(_free, value)

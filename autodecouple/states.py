@@ -1,0 +1,169 @@
+"""Everything that training goes on from, as one dict: collected, checked, restored, and kept in a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from autodecouple.errors import CheckpointError, PlanError
+from autodecouple.executors import EXECUTORS
+from autodecouple.passes.codegen import emit_inference
+from autodecouple.pipeline import Pipeline
+from autodecouple.plans import Plan
+from autodecouple.stage import Stage
+
+FORMAT = 1
+
+
+def collect(pipeline: Pipeline, step: int) -> dict[str, Any]:
+    """The state after `step` batches; the model's weights are under the user's own names."""
+    return {
+        "format": FORMAT,
+        "model": pipeline.graph.model.state_dict(),
+        "heads": {str(s.index): s.code.head.state_dict() for s in pipeline.stages if s.code.head is not None},
+        "stages": [_stage_state(stage) for stage in pipeline.stages],
+        "step": step,
+        "seed": pipeline.options.seed,
+        "random": {"cpu": torch.get_rng_state(), "cuda": _cuda_states()},
+        "plan": pipeline.plan.to_json(),
+    }
+
+
+def _stage_state(stage: Stage) -> dict[str, Any]:
+    return {
+        "optimizer": stage.optimizer.state_dict() if stage.optimizer is not None else None,
+        "scheduler": stage.scheduler.state_dict() if stage.scheduler is not None else None,
+        "pending": stage.pending,
+        "skipped": stage.skipped,
+        "gradients": [p.grad for p in stage.parameters] if stage.pending else None,
+    }
+
+
+def _cuda_states() -> list[torch.Tensor]:
+    return torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+
+def restore(pipeline: Pipeline, state: Mapping[str, Any]) -> int:
+    """Put a state back; returns the number of the next batch. Raises CheckpointError before anything changes."""
+    _check(pipeline, state)
+    pipeline.graph.model.load_state_dict(state["model"])
+    for stage, saved in zip(pipeline.stages, state["stages"], strict=True):
+        if stage.code.head is not None:
+            stage.code.head.load_state_dict(state["heads"][str(stage.index)])
+        if stage.optimizer is not None:
+            stage.optimizer.load_state_dict(saved["optimizer"])
+        if stage.scheduler is not None:
+            stage.scheduler.load_state_dict(saved["scheduler"])
+        stage.pending, stage.skipped = saved["pending"], saved["skipped"]
+        gradients = saved["gradients"] or [None] * len(stage.parameters)
+        for parameter, gradient in zip(stage.parameters, gradients, strict=True):
+            parameter.grad = None if gradient is None else gradient.clone().to(parameter.device)
+    torch.set_rng_state(state["random"]["cpu"].cpu())
+    if torch.cuda.is_available() and len(state["random"]["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["random"]["cuda"])
+    return int(state["step"])
+
+
+def _check(pipeline: Pipeline, state: Mapping[str, Any]) -> None:
+    if not isinstance(state, Mapping) or state.get("format") != FORMAT:
+        raise CheckpointError("not a state of this version: pass what state_dict() returned")
+    try:
+        saved = Plan.from_json(state["plan"])
+    except PlanError as error:
+        raise CheckpointError(f"the state's plan cannot be read: {error}") from error
+    if (mine := _cuts(pipeline.plan)) != (theirs := _cuts(saved)):
+        raise CheckpointError(
+            f"the state was saved with cuts after {theirs}, but this pipeline has {mine}: compile with"
+            ' plan=Plan.from_json(state["plan"])'
+        )
+    if state["seed"] != pipeline.options.seed:
+        raise CheckpointError(
+            f"the state was saved with seed={state['seed']}, not {pipeline.options.seed}: pass that one"
+        )
+    _check_tensors("the model", pipeline.graph.model.state_dict(), state["model"])
+    for stage, saved_stage in zip(pipeline.stages, state["stages"], strict=True):
+        if stage.code.head is not None:
+            _check_tensors(f"head {stage.index}", stage.code.head.state_dict(), state["heads"][str(stage.index)])
+        if (stage.scheduler is None) != (saved_stage["scheduler"] is None):
+            raise CheckpointError("the state was saved with another scheduler= than this pipeline has")
+        if stage.optimizer is not None:
+            _check_optimizer(stage, saved_stage["optimizer"])
+
+
+def _check_tensors(what: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    """Same names and shapes, or an error that shows the difference."""
+    missing, extra = sorted(set(mine) - set(theirs)), sorted(set(theirs) - set(mine))
+    shapes = [k for k in mine if k in theirs and getattr(mine[k], "shape", None) != getattr(theirs[k], "shape", None)]
+    if missing or extra or shapes:
+        parts = [f"{word} {', '.join(keys[:8])}" for word, keys in
+                 (("lacks", missing), ("has besides", extra), ("has other shapes for", shapes)) if keys]  # fmt: skip
+        raise CheckpointError(f"the state does not fit {what}: it {'; it '.join(parts)}")
+
+
+def _check_optimizer(stage: Stage, saved: Mapping[str, Any] | None) -> None:
+    assert stage.optimizer is not None
+    mine = [len(group["params"]) for group in stage.optimizer.param_groups]
+    theirs = [len(group["params"]) for group in saved["param_groups"]] if saved is not None else []
+    if mine != theirs:
+        raise CheckpointError(
+            f"the optimizer of stage {stage.index} has {mine} parameters per group, the saved one {theirs}: pass the"
+            " same optimizer= and loss= as when it was saved"
+        )
+
+
+def _cuts(plan: Plan) -> list[str]:
+    return [f"{cut.after}{'' if cut.detached else ' (coupled)'}" for cut in plan.cuts]
+
+
+def save(state: dict[str, Any], path: Path) -> None:
+    """Write beside the target and rename: a crash leaves the old file whole."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        torch.save(state, name)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def load(path: Path) -> dict[str, Any]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{path} is not a whole state file: {error}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}, not a state")
+    return state
+
+
+def move(pipeline: Pipeline, device: str) -> Pipeline:
+    """The pipeline with all stages on one device, on as many lanes as before."""
+    pipeline.executor.close()
+    for stage in pipeline.stages:
+        stage.place(torch.device(device))
+    _move_rest(pipeline.graph.model, device)
+    specs = tuple(dataclasses.replace(spec, device=device) for spec in pipeline.plan.stages)
+    plan = dataclasses.replace(pipeline.plan, stages=specs)
+    for stage in pipeline.stages:
+        stage.plan = plan
+    programs = type(pipeline.programs)(plan, pipeline.options.schedule)
+    program = programs.for_rows(pipeline.options.schedule.num_micro_batches)
+    executor = EXECUTORS[pipeline.options.executor](pipeline.stages, program, max(1, torch.get_num_threads()))
+    return dataclasses.replace(
+        pipeline, plan=plan, programs=programs, executor=executor, inference=emit_inference(pipeline.graph, plan)
+    )
+
+
+def _move_rest(model: nn.Module, device: str) -> None:
+    """Parameters and buffers that no stage uses."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.to(device)

@@ -1,0 +1,196 @@
+"""What there is to say about a plan or a timeline, as cells of text; terminal, notebook and page show the same."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from autodecouple.plans import Cut, Plan, StageSpec, TensorSpec
+from autodecouple.schedules.actions import Op
+from autodecouple.timeline import Timeline
+from autodecouple.view import units
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column's head; `number` columns are aligned to the right and never wrapped."""
+
+    title: str
+    number: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Tables, the sentences below them, and what the reader should beware of."""
+
+    tables: tuple[Table, ...]
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+
+
+class Place(Protocol):
+    """A place between two nodes, as the search for cuts reports it."""
+
+    @property
+    def node(self) -> str: ...
+    @property
+    def module(self) -> str: ...
+    @property
+    def cut(self) -> Cut | None: ...
+    @property
+    def reason(self) -> str: ...
+
+
+def summarize(value: Plan | Timeline) -> Summary:
+    """A plan as a table of its stages; a timeline as one of its lanes and one of its stages."""
+    if isinstance(value, Plan):
+        return Summary((_stages(value),), plan_notes(value), value.warnings)
+    return Summary((_lanes(value), _medians(value)), (timeline_note(value), _speedup(value)))
+
+
+def plan_title(plan: Plan) -> str:
+    inputs = ", ".join(map(str, plan.inputs))
+    return f"{plan.model or 'model'}{f', input {inputs}' if inputs else ''}: {units.count(len(plan.stages), 'stage')}"
+
+
+def timeline_title(timeline: Timeline) -> str:
+    return timeline.title or "timeline"
+
+
+def shares(plan: Plan) -> tuple[float, ...]:
+    """Each stage's share of the training FLOPs; equal where nothing was measured."""
+    total = sum(stage.flops for stage in plan.stages)
+    return tuple(stage.flops / total if total > 0 else 1 / len(plan.stages) for stage in plan.stages)
+
+
+def plan_notes(plan: Plan) -> tuple[str, ...]:
+    """Balance, predicted speedup and where the time goes."""
+    lane_flops = [sum(plan.stages[k].flops for k in lane) for lane in plan.lanes]
+    on_lanes = sum(lane_flops) / max(lane_flops) if max(lane_flops) > 0 else 1.0
+    speedup = f"{predicted_speedup(plan)} with a lane per stage"
+    if len(plan.lanes) < len(plan.stages):
+        speedup += f", {on_lanes:.2f}x on the {units.count(len(plan.lanes), 'lane')} of this plan"
+    return (f"balance {plan.balance:.2f} (mean stage / slowest stage; 1.00 is perfect)", speedup, _bottleneck(plan))
+
+
+def timeline_note(timeline: Timeline) -> str:
+    batches = units.count(len({span.batch for span in timeline.spans}), "batch")
+    return f"makespan {units.duration(timeline.makespan)} for {batches}, bubble {units.percent(timeline.bubble)}"
+
+
+def _speedup(timeline: Timeline) -> str:
+    factor = sum(timeline.busy) / timeline.makespan if timeline.makespan > 0 else 1.0
+    return f"{factor:.2f}x as fast as the same actions one after the other"
+
+
+def idle(timeline: Timeline, lane: int) -> float:
+    """The idle share of one lane."""
+    return 1 - timeline.busy[lane] / timeline.makespan if timeline.makespan > 0 else 0.0
+
+
+def predicted_speedup(plan: Plan) -> str:
+    """Coupled stages wait for each other, so that theirs is only a limit."""
+    limit = "" if all(cut.detached for cut in plan.cuts) else "at most "
+    return f"predicted speedup {limit}{plan.speedup:.2f}x"
+
+
+def crossing(cut: Cut) -> tuple[TensorSpec, ...]:
+    """What travels over a cut, the features first."""
+    return tuple(sorted(cut.crossing, key=lambda spec: spec.name != cut.features))
+
+
+def place(stage: StageSpec) -> str:
+    return f"{stage.lane}: {stage.device}"
+
+
+def _bottleneck(plan: Plan) -> str:
+    slowest = plan.bottleneck
+    text = f"slowest: stage {slowest.index}, {units.flops(slowest.flops)} a step"
+    if not slowest.costliest_node:
+        return text
+    share = f", {units.percent(slowest.costliest_flops / slowest.flops)} of the stage" if slowest.flops > 0 else ""
+    return f"{text}; its costliest node is {slowest.costliest_node} ({units.flops(slowest.costliest_flops)}{share})"
+
+
+def _stages(plan: Plan) -> Table:
+    scale = units.Scale.of(max(max(s.forward_flops, s.backward_flops, s.head_flops) for s in plan.stages))
+    columns = (
+        Column("stage", True), Column("nodes"), Column(f"forward\n{scale.prefix}FLOP", True), Column("backward", True),
+        Column("head", True), Column("share", True), Column("params", True), Column("memory", True),
+        Column("objective"), Column("lane"), Column("crosses to the next stage"),
+    )  # fmt: skip
+    cuts = (*plan.cuts, None)
+    rows = tuple(
+        (
+            str(stage.index),
+            _nodes(stage, cut),
+            scale(stage.forward_flops),
+            scale(stage.backward_flops),
+            scale(stage.head_flops),
+            units.percent(share),
+            units.amount(stage.num_parameters),
+            units.size(stage.memory_bytes),
+            stage.objective,
+            place(stage),
+            _border(cut) if cut else "",
+        )
+        for stage, cut, share in zip(plan.stages, cuts, shares(plan), strict=True)
+    )
+    return Table(plan_title(plan), columns, rows)
+
+
+def _nodes(stage: StageSpec, cut: Cut | None) -> str:
+    ends = (stage.nodes[0], stage.nodes[-1]) if len(stage.nodes) > 1 else stage.nodes
+    text = f"{' … '.join(ends)}\n{units.count(len(stage.nodes), 'node')}"
+    return f"{text}, to {cut.module}" if cut and cut.module else text
+
+
+def _border(cut: Cut) -> str:
+    """The values one below the other, then their size and what else is unusual about the cut."""
+    marks = [units.size(cut.num_bytes)]
+    if not cut.detached:
+        marks.append("coupled: the gradient comes back")
+    if cut.copied:
+        marks.append(f"copied: {', '.join(cut.copied)}")
+    return "\n+ ".join(map(str, crossing(cut))) + f"\n{'; '.join(marks)}"
+
+
+def _lanes(timeline: Timeline) -> Table:
+    columns = (Column("lane", True), Column("busy", True), Column("bubble", True), Column("spans", True))
+    spans = Counter(span.lane for span in timeline.spans)
+    rows = tuple(
+        (str(lane), units.duration(busy), units.percent(idle(timeline, lane)), f"{spans[lane]:,}")
+        for lane, busy in enumerate(timeline.busy)
+    )
+    return Table(timeline_title(timeline), columns, rows)
+
+
+def _medians(timeline: Timeline) -> Table:
+    seconds = timeline.seconds()
+    columns = (Column("stage", True), *(Column(op.name.lower(), True) for op in Op))
+    rows = tuple(
+        (str(stage), *(units.duration(seconds[stage, op]) if (stage, op) in seconds else "" for op in Op))
+        for stage in sorted({stage for stage, _ in seconds})
+    )
+    return Table("median time of each stage's actions", columns, rows)
+
+
+def summarize_cuts(places: Sequence[Place]) -> Summary:
+    """Every place between two nodes: what would cross, or why there is no cut."""
+    columns = (Column(""), Column("after node"), Column("end of module"), Column("crosses, or why not"))
+    rows = tuple(
+        ("cut" if place.cut else "", place.node, place.module, _border(place.cut) if place.cut else place.reason)
+        for place in places
+    )
+    legal = sum(place.cut is not None for place in places)
+    note = f"{units.count(legal, 'legal cut')} of {units.count(len(places), 'place')}"
+    return Summary((Table("cuts", columns, rows),), (note,))

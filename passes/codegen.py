@@ -1,0 +1,205 @@
+"""Cut the graph apart: one GraphModule per stage, with readable code and the user's own parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from autodecouple.graph import Graph, attribute, module_path, operations, output_leaves
+from autodecouple.passes.insert import ROLE, STAGE
+from autodecouple.plans import Plan
+
+
+@dataclass(frozen=True)
+class StageCode:
+    """One stage as modules; names say which value goes where.
+
+    body:        forward(*inputs, randomness?) -> tuple of outputs
+    inputs:      what the body takes, of the values that the stage was sent
+    outputs:     what the body returns
+    sends:       what the next stage is sent: of the body's outputs and of what this stage was sent
+    head:        the head, or the criterion on the last stage; None before a coupled cut
+    head_inputs: what the head takes before the signal; a mask stands last, by keyword
+    mask:        its name, if there is one
+    draws:       whether the body takes the randomness
+    written:     buffers that the body writes (BatchNorm statistics, counters), by name
+    """
+
+    body: fx.GraphModule
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    sends: tuple[str, ...]
+    head: nn.Module | None
+    head_inputs: tuple[str, ...]
+    mask: str | None
+    draws: bool
+    written: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """The code that runs, with the module path of each operation, and the head."""
+        paths = {node.name: module_path(node)[-1:] for node in self.body.graph.nodes}
+        lines: list[str] = []
+        current: tuple[str, ...] = ("",)
+        for line in self.body.code.strip().splitlines():
+            path = paths.get(line.split("=")[0].strip(), ())
+            if path and path != current:
+                lines.append(f"    # {path[0] or type(self.body).__name__}")
+                current = path
+            lines.append(line)
+        code = "\n".join(lines).replace("def forward", f"def {type(self.body).__name__.lower()}", 1)
+        return f"{code}\n\n# head: {self.head!r}\n"
+
+
+def emit_stages(module: fx.GraphModule, graph: Graph, plan: Plan) -> tuple[StageCode, ...]:
+    """Split the graph that `insert_heads` made, along the stages its nodes carry."""
+    splitter = _Splitter(module, graph, plan)
+    return tuple(splitter.stage(index) for index in range(len(plan.stages)))
+
+
+def emit_inference(graph: Graph, plan: Plan) -> fx.GraphModule | None:
+    """The evaluation graph with every operation on its stage's device; None where one device holds all.
+
+    An operation belongs to the latest stage among its inputs and parameters, so values only ever move forward.
+    """
+    devices = [torch.device(stage.device) for stage in plan.stages]
+    if graph.evaluation is None or len(set(devices)) == 1:
+        return None
+    homes = _parameter_stages(graph, plan)
+    work = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    work.graph_copy(graph.evaluation.graph, copies)
+    work.output(tuple(copies[x] if isinstance(x, fx.Node) else x for x in output_leaves(graph.evaluation.graph)))
+    stage: dict[fx.Node, int] = {}
+    for node in list(work.nodes):
+        sources = [stage[source] for source in node.all_input_nodes]
+        stage[node] = max([homes.get(str(node.target), 0) if node.op == "get_attr" else 0, *sources])
+    moved: dict[tuple[fx.Node, torch.device], fx.Node] = {}
+
+    def on(device: torch.device) -> Callable[[fx.Node], fx.Node]:
+        def move(source: fx.Node) -> fx.Node:
+            if devices[stage[source]] == device and source.op != "placeholder":
+                return source
+            if (source, device) not in moved:
+                with work.inserting_after(source):
+                    moved[source, device] = work.call_function(_to, (source, device))
+            return moved[source, device]
+
+        return move
+
+    for node in operations(work):
+        node.args = fx.node.map_arg(node.args, on(devices[stage[node]]))
+        node.kwargs = _on_device(fx.node.map_arg(node.kwargs, on(devices[stage[node]])), devices[stage[node]])
+    root = {str(n.target): attribute(graph.evaluation, n) for n in work.find_nodes(op="get_attr")}
+    return fx.GraphModule(root, work, "Inference")
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+
+
+def _on_device(kwargs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Devices that tracing baked in follow the stage."""
+    return {name: device if name == "device" and value is not None else value for name, value in kwargs.items()}
+
+
+def _parameter_stages(graph: Graph, plan: Plan) -> dict[str, int]:
+    """The stage that uses each parameter and buffer."""
+    stage_of = {name: stage.index for stage in plan.stages for name in stage.nodes}
+    homes: dict[str, int] = {}
+    for node in graph.train.graph.find_nodes(op="get_attr"):
+        stages = [stage_of[user.name] for user in node.users if user.name in stage_of]
+        if stages:
+            homes[str(node.target)] = min(stages)
+    return homes
+
+
+class _Splitter:
+    """Builds stages out of the whole graph; a value keeps its name in every stage."""
+
+    def __init__(self, module: fx.GraphModule, graph: Graph, plan: Plan) -> None:
+        self.module = module
+        self.graph = graph
+        self.plan = plan
+        self.homes = _parameter_stages(graph, plan)
+        self.nodes = operations(module.graph)
+        self.last = len(plan.stages) - 1
+
+    def stage(self, index: int) -> StageCode:
+        body = [n for n in self.nodes if n.meta[STAGE] == index and ROLE not in n.meta]
+        head = next(
+            (n for n in self.nodes if n.meta[STAGE] == index and n.op == "call_module" and ROLE in n.meta), None
+        )
+        sends = self._needed_after(index)
+        mask = head.kwargs.get("mask") if head is not None else None
+        reads = [arg for arg in head.args[:-1] if isinstance(arg, fx.Node)] if head is not None else []
+        wanted = dict.fromkeys([*sends, *reads, *([mask] if isinstance(mask, fx.Node) else [])])
+        outputs = [node for node in wanted if node in set(body)]
+        inputs = self._outside(body)
+        return StageCode(
+            body=self._body(index, body, inputs, outputs),
+            inputs=tuple(node.name for node in inputs if node.name != "randomness"),
+            outputs=tuple(node.name for node in outputs),
+            sends=tuple(node.name for node in sends),
+            head=self.module.get_submodule(str(head.target)) if head is not None else None,
+            head_inputs=tuple(node.name for node in reads),
+            mask=mask.name if isinstance(mask, fx.Node) else None,
+            draws=any(node.name == "randomness" for node in inputs),
+            written=self._written(body),
+        )
+
+    def _needed_after(self, index: int) -> list[fx.Node]:
+        """Values of this stage or before it that a later stage, or the model's output, uses."""
+        later = [n for n in self.nodes if n.meta[STAGE] > index]
+        used = dict.fromkeys(source for node in later for source in node.all_input_nodes)
+        if index == self.last:
+            return []
+        return [node for node in self._values() if node in used and node.meta.get(STAGE, -1) <= index]
+
+    def _values(self) -> list[fx.Node]:
+        placeholders = [
+            n for n in self.module.graph.find_nodes(op="placeholder") if n.name not in ("target", "randomness")
+        ]
+        return [*placeholders, *(node for node in self.nodes if ROLE not in node.meta)]
+
+    def _outside(self, body: list[fx.Node]) -> list[fx.Node]:
+        """What the body takes from elsewhere, parameters aside; the randomness last."""
+        inside = set(body)
+        used = {source for node in body for source in node.all_input_nodes}
+        found = [n for n in self.module.graph.nodes if n in used and n not in inside and n.op != "get_attr"]
+        return sorted(found, key=lambda node: node.name == "randomness")
+
+    def _body(self, index: int, body: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]) -> fx.GraphModule:
+        graph = fx.Graph()
+        device = torch.device(self.plan.stages[index].device)
+        copies: dict[fx.Node, fx.Node] = {}
+        for node in inputs:
+            copies[node] = graph.placeholder(node.name)
+        for node in body:
+            for source in node.all_input_nodes:  # a parameter stands where it is first used
+                if source not in copies:
+                    copies[source] = graph.node_copy(source)
+            copies[node] = graph.node_copy(node, lambda n: copies[n])
+            copies[node].kwargs = _on_device(copies[node].kwargs, device)
+        graph.output(tuple(copies[node] for node in outputs))
+        root = {str(n.target): self._owned(n, index) for n in graph.find_nodes(op="get_attr")}
+        return fx.GraphModule(root, graph, f"Stage{index}")
+
+    def _owned(self, node: fx.Node, index: int) -> Any:
+        """The user's own tensor; a stage on another device than its home reads a copy (it is never written then)."""
+        value, home = attribute(self.module, node), self.homes.get(str(node.target), index)
+        device = self.plan.stages[index].device
+        if isinstance(value, torch.Tensor) and self.plan.stages[home].device != device:
+            return value.detach().to(device, copy=True)
+        return value
+
+    def _written(self, body: list[fx.Node]) -> tuple[str, ...]:
+        """Buffers whose memory an operation of the body writes into."""
+        measures = self.graph.measures
+        writes = {s for node in body if node.name in measures for s in measures[node.name].writes}
+        used = {source for node in body for source in node.all_input_nodes if source.op == "get_attr"}
+        return tuple(sorted(str(node.target) for node in used if measures[node.name].storages & writes))

@@ -1,0 +1,171 @@
+"""Put the plan into the graph: detach nodes at the cuts, head branches beside them, keyed random numbers.
+
+The result is one runnable graph, forward(*inputs, target, randomness) -> (losses, outputs), in which every node knows
+its stage. Its losses are those of the stages; what crosses a detached cut carries no gradient.
+
+    ... h --+-- heads.0(h, target) --> loss 0
+            +-- detach --> next stage ...
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from autodecouple.graph import Graph, attribute, operations
+from autodecouple.plans import Cut, Plan
+
+aten = torch.ops.aten
+
+STAGE = "autodecouple_stage"
+"""Key in a node's meta: the index of its stage."""
+ROLE = "autodecouple_role"
+"""Key in a node's meta: "head" for what belongs to the stage's loss, else absent."""
+
+
+def insert_heads(graph: Graph, plan: Plan, heads: Sequence[nn.Module | None], criterion: nn.Module) -> fx.GraphModule:
+    """The training graph with the plan in it.
+
+    heads:     one module per hidden stage, None before a coupled cut; forward(features, signal, mask=None) gives
+               (loss, next signal)
+    criterion: forward(*output leaves, target) gives (loss, target)
+    """
+    work = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    work.graph_copy(graph.train.graph, copies)
+    by_name = {old.name: new for old, new in copies.items()}
+    _add_output(graph, work, copies)
+    stage_of = {name: stage.index for stage in plan.stages for name in stage.nodes}
+    for name, index in stage_of.items():
+        by_name[name].meta[STAGE] = index
+    target, randomness = _add_inputs(work)
+    losses: list[fx.Node] = []
+    signal = target
+    for index, cut in enumerate(plan.cuts):
+        last = by_name[plan.stages[index].nodes[-1]]
+        with work.inserting_before(last.next):
+            if heads[index] is not None:
+                loss, encoded = _branch(work, index, cut, by_name, signal)
+                losses.append(loss)
+                signal = encoded if cut.encodes else signal
+            _cross(work, index, cut, by_name)
+    with work.inserting_before(work.output_node()):
+        losses.append(_criterion(work, len(plan.cuts), signal))
+    _key_randomness(work, randomness)
+    outputs = work.output_node().args[0]
+    work.output_node().args = ((tuple(losses), outputs),)
+    root: dict[str, Any] = {str(n.target): attribute(graph.train, n) for n in work.find_nodes(op="get_attr")}
+    root |= {f"heads.{index}": head for index, head in enumerate(heads) if head is not None}
+    module = fx.GraphModule(root | {"criterion": criterion}, work, "Decoupled")
+    module.graph.lint()
+    return module
+
+
+def _add_output(graph: Graph, work: fx.Graph, copies: dict[fx.Node, fx.Node]) -> None:
+    leaves = tuple(copies[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in graph.outputs)
+    work.output(leaves)
+
+
+def _add_inputs(work: fx.Graph) -> tuple[fx.Node, fx.Node]:
+    """Placeholders for the target and the randomness, after the model's own."""
+    placeholders = work.find_nodes(op="placeholder")
+    with work.inserting_after(list(placeholders)[-1]):
+        target = work.placeholder("target")
+    with work.inserting_after(target):
+        return target, work.placeholder("randomness")
+
+
+def _branch(
+    work: fx.Graph, index: int, cut: Cut, by_name: dict[str, fx.Node], signal: fx.Node
+) -> tuple[fx.Node, fx.Node]:
+    """The head beside the cut: (loss, the signal it passes on)."""
+    mask = _token_mask(work, index, cut, by_name)
+    kwargs: dict[str, Any] = {} if mask is None else {"mask": mask}
+    head = work.call_module(f"heads.{index}", (by_name[cut.features], signal), kwargs)
+    loss = work.call_function(operator.getitem, (head, 0))
+    encoded = work.call_function(operator.getitem, (head, 1))
+    for node in (head, loss, encoded):
+        node.meta |= {STAGE: index, ROLE: "head"}
+    loss._rename(f"loss_{index}")
+    encoded._rename(f"signal_{index}")
+    return loss, encoded
+
+
+def _token_mask(work: fx.Graph, index: int, cut: Cut, by_name: dict[str, fx.Node]) -> fx.Node | None:
+    """The crossing mask as the heads want it: bool (N, T), True where a token counts."""
+    if cut.mask is None:
+        return None
+    flat = work.call_function(aten.flatten.using_ints, (by_name[cut.mask], 1))
+    keep = {"additive": aten.ge.Scalar, "keep": aten.ne.Scalar, "ignore": aten.eq.Scalar}[cut.mask_meaning]
+    node = work.call_function(keep, (flat, 0))
+    for made in (flat, node):
+        made.meta[STAGE] = index
+    return node
+
+
+def _cross(work: fx.Graph, index: int, cut: Cut, by_name: dict[str, fx.Node]) -> None:
+    """Detach and copy what crosses; the later stages use the result."""
+
+    def is_later(user: fx.Node) -> bool:
+        return user.op == "output" or user.meta[STAGE] > index
+
+    for spec in cut.crossing:
+        steps = [aten.detach.default] if spec.name == cut.features and cut.detached else []
+        steps += [aten.clone.default] if spec.name in cut.copied else []
+        old = new = by_name[spec.name]
+        for step in steps:
+            new = work.call_function(step, (new,))
+            new.meta[STAGE] = index
+        if steps:
+            new._rename(f"{old.name}_cut")
+            old.replace_all_uses_with(new, is_later)
+            by_name[spec.name] = new
+
+
+def _criterion(work: fx.Graph, index: int, signal: fx.Node) -> fx.Node:
+    (outputs,) = work.output_node().args
+    assert isinstance(outputs, tuple)
+    called = work.call_module("criterion", (*outputs, signal))
+    loss = work.call_function(operator.getitem, (called, 0))
+    for node in (called, loss):
+        node.meta |= {STAGE: index, ROLE: "head"}
+    loss._rename(f"loss_{index}")
+    return loss
+
+
+def _key_randomness(work: fx.Graph, randomness: fx.Node) -> None:
+    """Let every operation that draws random numbers draw keyed ones."""
+    for node in operations(work):
+        if not draws(node):
+            continue
+        if node.target is aten.dropout.default:
+            x, p = node.args[:2]
+            node.op, node.target, node.args = "call_method", "dropout", (randomness, x, p, node.name)
+        else:
+            assert not isinstance(node.target, str)
+            operation: Any = node.target
+            node.op, node.args = "call_method", (randomness, operation, node.name, *node.args)
+            node.target = "seeded"
+
+
+def draws(node: fx.Node) -> bool:
+    """Whether an operation draws random numbers with the arguments it has here."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    names = [argument.name for argument in node.target._schema.arguments]
+    defaults = {a.name: a.default_value for a in node.target._schema.arguments if a.has_default_value()}
+    given = defaults | dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    probability = next((given[name] for name in ("p", "dropout", "dropout_p") if name in given), 1.0)
+    training = next((given[name] for name in ("train", "training") if name in given), True)
+    return probability != 0 and training is not False
+
+
+def drawn_in_kernels(graph: fx.Graph) -> list[fx.Node]:
+    """Operations that draw from the default generator inside their kernel: one stage at a time may do so."""
+    return [node for node in operations(graph) if draws(node) and node.target is not aten.dropout.default]

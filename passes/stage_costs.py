@@ -1,0 +1,156 @@
+"""What a stage between any two legal cuts would cost."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+
+from autodecouple.graph import Graph, attribute
+from autodecouple.objectives.objective import Objective
+from autodecouple.passes.candidates import Candidate
+from autodecouple.passes.measure import HeadCost, head_cost
+from autodecouple.plans import Cut, Plan, StageSpec, TensorSpec
+
+FORBIDDEN = 2**60
+"""Cost of a stage that is not allowed; far above any real one, far below the overflow of a sum."""
+
+OPTIMIZER_STATES = 2
+"""Tensors that the optimizer keeps per parameter: Adam's two moments."""
+
+
+class StageCosts:
+    """FLOPs and bytes of every stage that the legal cuts allow.
+
+    Rows are ends (each legal cut, then the model's end), columns are starts (the model's beginning, then the place
+    after each legal cut).
+    """
+
+    def __init__(self, graph: Graph, legal: Sequence[Candidate]) -> None:
+        self.graph = graph
+        self.cuts: list[Cut] = [candidate.cut for candidate in legal if candidate.cut is not None]
+        self.nodes = graph.operations
+        self.measures = [graph.measures[node.name] for node in self.nodes]
+        self.starts = [0, *(candidate.position + 1 for candidate in legal)]
+        self.ends = [*(candidate.position for candidate in legal), len(self.nodes) - 1]
+        self._heads: dict[tuple[int, TensorSpec], HeadCost] = {}
+
+    @cached_property
+    def first_uses(self) -> dict[int, list[torch.Tensor]]:
+        """The trainable parameters by the position of their first use."""
+        parameters = {
+            str(n.target): attribute(self.graph.train, n) for n in self.graph.train.graph.find_nodes(op="get_attr")
+        }
+        first: dict[int, list[torch.Tensor]] = {}
+        for name, uses in self.graph.parameter_uses().items():
+            if uses:
+                first.setdefault(min(uses), []).append(parameters[name])
+        return first
+
+    def most_stages(self) -> int:
+        """How many stages with a trainable parameter each: take every cut that closes one."""
+        used = sorted(self.first_uses)
+        count, start = 0, 0
+        for end in self.ends:
+            if bisect_left(used, start) < bisect_right(used, end):
+                count, start = count + 1, end + 1
+        return count
+
+    def table(self, stage: int, objectives: Sequence[Objective], memory_limit: int | None) -> torch.Tensor:
+        """(ends, starts) FLOPs of a training step of stage number `stage`, FORBIDDEN where it is not allowed."""
+        detached, coupled, memory, trained = self._tables
+        after_coupled = stage > 0 and objectives[stage - 1].name == "bp"
+        flops, needs = (coupled if after_coupled else detached).clone(), memory.clone()
+        if stage < len(objectives):
+            heads = [self.head(end, objectives[stage]) for end in range(len(self.cuts))]
+            flops[:-1] += torch.tensor([head.flops for head in heads], dtype=torch.int64)[:, None]
+            weights = torch.tensor([head.parameter_bytes for head in heads], dtype=torch.int64)[:, None]
+            needs[:-1] += (2 + OPTIMIZER_STATES) * weights
+        backwards = torch.tensor(self.ends)[:, None] < torch.tensor(self.starts)[None, :]
+        flops[backwards | (trained == 0)] = FORBIDDEN
+        if memory_limit is not None:
+            flops[needs > memory_limit] = FORBIDDEN
+        return flops
+
+    @cached_property
+    def _tables(self) -> tuple[torch.Tensor, ...]:
+        """(ends, starts) each: FLOPs after a detached cut, FLOPs after a coupled one, bytes, number of parameters.
+
+        One walk over the nodes keeps, for every start, what a stage that begins there has cost so far.
+        """
+        sums = torch.zeros(4, len(self.starts), dtype=torch.int64)
+        rows, ends = [], set(self.ends)
+        for position, measure in enumerate(self.measures):
+            begun = bisect_right(self.starts, position)
+            parameters = self.first_uses.get(position, [])
+            everything = measure.forward_flops + sum(flops for _, flops in measure.backward_flops)
+            weights = (2 + OPTIMIZER_STATES) * sum(map(_num_bytes, parameters))
+            added = [measure.forward_flops, everything, measure.activation_bytes + weights, len(parameters)]
+            if any(added):
+                sums[:, :begun] += torch.tensor(added, dtype=torch.int64)[:, None]
+            for threshold, flops in measure.backward_flops:
+                # spent only by a stage that begins early enough to hold the parameter behind that input
+                sums[0, : bisect_right(self.starts, threshold)] += flops
+            if position in ends:
+                rows.append(sums.clone())
+        return tuple(torch.stack(rows).unbind(dim=1))
+
+    def head(self, end: int, objective: Objective) -> HeadCost:
+        """Cost of the objective's head on what crosses at a legal cut."""
+        if objective.name == "bp":
+            return HeadCost(0, 0, 0)
+        spec = self.cuts[end].spec(self.cuts[end].features)
+        key = (id(objective), TensorSpec("features", spec.shape, spec.dtype, spec.batch_dim))
+        if key not in self._heads:
+            self._heads[key] = head_cost(objective, key[1], self.graph.signal)
+        return self._heads[key]
+
+    def plan(self, chosen: Sequence[int], objectives: Sequence[Objective]) -> Plan:
+        """The plan with these legal cuts, all stages on one lane."""
+        detached = [objective.name != "bp" for objective in objectives]
+        cuts = tuple(
+            Cut(**{**vars(self.cuts[end]), "detached": free, "encodes": objective.encodes})
+            for end, free, objective in zip(chosen, detached, objectives, strict=True)
+        )
+        begins, ends = [0, *(end + 1 for end in chosen)], [*chosen, len(self.cuts)]
+        stages = [
+            self._stage(index, begin, end, objectives, coupled=index > 0 and not detached[index - 1])
+            for index, (begin, end) in enumerate(zip(begins, ends, strict=True))
+        ]
+        model = type(self.graph.model).__name__
+        return Plan(tuple(stages), cuts, model, self.graph.inputs, self.graph.warnings)
+
+    def _stage(self, index: int, begin: int, end: int, objectives: Sequence[Objective], *, coupled: bool) -> StageSpec:
+        start, stop = self.starts[begin], self.ends[end] + 1
+        last = index == len(objectives)
+        head = HeadCost(0, 0, 0) if last else self.head(end, objectives[index])
+        flops = {p: self._node_flops(p, -1 if coupled else start) for p in range(start, stop)}
+        parameters = [p for position in range(start, stop) for p in self.first_uses.get(position, [])]
+        weights = sum(map(_num_bytes, parameters))
+        costliest = max(flops, key=lambda position: sum(flops[position]))
+        return StageSpec(
+            index=index,
+            nodes=tuple(node.name for node in self.nodes[start:stop]),
+            objective="criterion" if last else objectives[index].name,
+            forward_flops=sum(forward for forward, _ in flops.values()),
+            backward_flops=sum(backward for _, backward in flops.values()),
+            head_flops=head.flops,
+            num_parameters=sum(parameter.numel() for parameter in parameters),
+            parameter_bytes=weights,
+            head_parameter_bytes=head.parameter_bytes,
+            activation_bytes=sum(measure.activation_bytes for measure in self.measures[start:stop]),
+            optimizer_bytes=OPTIMIZER_STATES * (weights + head.parameter_bytes),
+            costliest_node=self.nodes[costliest].name,
+            costliest_flops=sum(flops[costliest]),
+        )
+
+    def _node_flops(self, position: int, start: int) -> tuple[int, int]:
+        """FLOPs forward and backward of one node in a stage that begins at `start`; -1 asks for every gradient."""
+        measure = self.measures[position]
+        return measure.forward_flops, sum(flops for threshold, flops in measure.backward_flops if threshold >= start)
+
+
+def _num_bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
