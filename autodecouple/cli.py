@@ -140,7 +140,7 @@ def simulate(
 @_wishes
 def code(target: str, **wishes: Any) -> None:
     """Print the Python that is generated for each stage of TARGET. TARGET's code is executed."""
-    model, api = _load(target)
+    model, api = _load(target, weightless=False)
     with busy("generating"):
         sources = api.code(model, **_arguments(**wishes))
     click.echo("\n\n".join(f"# stage {k}\n{source.rstrip()}" for k, source in enumerate(sources)))
@@ -165,11 +165,11 @@ def _plan(target: str, **wishes: Any) -> Plan:
     return plan
 
 
-def _load(target: str) -> tuple[nn.Module, ModuleType]:
+def _load(target: str, *, weightless: bool = True) -> tuple[nn.Module, ModuleType]:
     with busy(f"building {target}"):
         from autodecouple import api
 
-        return targets.load(target), api
+        return targets.load(target, weightless=weightless), api
 
 
 def _arguments(

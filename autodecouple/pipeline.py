@@ -63,7 +63,7 @@ def _fit(plan: Plan, graph: Graph, candidates: tuple[Candidate, ...], wish: Wish
     if unknown := [name for name in named if name not in known]:
         raise PlanError(
             f"the plan does not fit {type(graph.model).__name__}: it names a node {unknown[0]!r} that the captured"
-            f" model does not have; it was made for {plan.model or 'another model'}. Make a new one: autodecouple.plan()"
+            f" model does not have; it was made for {plan.model or 'another model'}. Make a new one with plan()"
         )
     for cut, objective in zip(plan.cuts, wish.objectives, strict=True):
         if cut.detached == (objective.name == "bp"):
@@ -83,10 +83,10 @@ def _warnings(graph: Graph, plan: Plan) -> list[str]:
     if untrained := verify.untrained_parameters(graph):
         notes.append(f"no stage trains {', '.join(untrained)}: no loss depends on it")
     if drawn := drawn_in_kernels(graph.train.graph):
-        names = ", ".join(node.name for node in drawn)
+        more = f" and {len(drawn) - 3} more" if len(drawn) > 3 else ""
         notes.append(
-            f"{names} draws its random numbers inside a kernel: such operations take turns, and other threads must not"
-            " draw from torch's default generator meanwhile"
+            f"random numbers drawn inside a kernel, by {', '.join(node.name for node in drawn[:3])}{more}: such"
+            " operations take turns, and other threads must not draw from torch's default generator meanwhile"
         )
     if len(plan.lanes) > 1 and plan.balance < 0.5:
         slow = plan.bottleneck

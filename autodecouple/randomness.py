@@ -41,6 +41,44 @@ class Randomness:
         mask = torch.empty_like(x).bernoulli_(1 - p, generator=generator)
         return x * mask.div_(1 - p)
 
+    def attention(
+        self,
+        node: str,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        dropout: float = 0.0,
+        is_causal: bool = False,
+        *,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        """Scaled dot-product attention (..., T, D) with dropout on its weights.
+
+        The CPU has no fused kernel with dropout, so the weights are computed here and get a mask of their own. The
+        kernels of a GPU draw inside: they take their turn with the GPU's generator.
+        """
+        operation = torch.ops.aten.scaled_dot_product_attention.default
+        options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
+        if self.seed is None or query.device.type != "cpu":
+            out: torch.Tensor = self.seeded(operation, node, query, key, value, mask, dropout, is_causal, **options)
+            return out
+        if enable_gqa:
+            repeats = query.shape[-3] // key.shape[-3]
+            key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
+        weights = query @ key.transpose(-2, -1) * (scale if scale is not None else query.shape[-1] ** -0.5)
+        if is_causal:
+            mask = torch.ones(weights.shape[-2:], dtype=torch.bool, device=query.device).tril()
+        if mask is not None and mask.dtype == torch.bool:
+            weights = weights.masked_fill(~mask, -torch.inf)
+        elif mask is not None:
+            weights = weights + mask
+        # a row that may look at nothing gives zeros, as in the fused kernels, and a gradient of zero
+        blind = (weights == -torch.inf).all(-1, keepdim=True)
+        weights = weights.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
+        return self.dropout(weights, dropout, node) @ value
+
     def seeded(self, operation: Any, node: str, *args: Any, **kwargs: Any) -> Any:
         """Run an operation that draws inside its kernel, from the default generator, seeded for this one call.
 

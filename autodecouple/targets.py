@@ -75,16 +75,19 @@ def example_inputs(inputs: Sequence[InputShape]) -> tuple[torch.Tensor, ...] | d
     return {name: item.tensor() for name, item in zip(names, inputs, strict=True)}
 
 
-def load(target: str) -> nn.Module:
+def load(target: str, *, weightless: bool = False) -> nn.Module:
     """The model that `target` names, built without downloading weights; its code is executed.
 
+    weightless: a model of a zoo need not fit into memory; it is built on the meta device where its constructor allows
     Raises InputError where the target does not exist or is no model; what the target's own code raises passes through.
     """
     kind, separator, name = target.partition(":")
     if not separator or not kind or not name:
         raise InputError(f"{target!r} is not a target; write {FORMS}")
     zoo = _ZOOS.get(kind)
-    return zoo(name) if zoo else _from_module(target)
+    if zoo is None:
+        return _from_module(target)
+    return _on_meta(zoo, name) if weightless else zoo(name)
 
 
 def _from_module(target: str) -> nn.Module:
@@ -171,6 +174,16 @@ def _hf(config: str) -> nn.Module:
 
 
 _ZOOS: dict[str, Callable[[str], nn.Module]] = {"torchvision": _torchvision, "timm": _timm, "hf": _hf}
+
+
+def _on_meta(zoo: Callable[[str], nn.Module], name: str) -> nn.Module:
+    import torch
+
+    try:
+        with torch.device("meta"):
+            return zoo(name)
+    except (NotImplementedError, RuntimeError):  # a constructor that reads the values of its weights
+        return zoo(name)
 
 
 def _package(name: str, extra: str) -> Any:

@@ -145,6 +145,8 @@ def _key_randomness(work: fx.Graph, randomness: fx.Node) -> None:
         if node.target is aten.dropout.default:
             x, p = node.args[:2]
             node.op, node.target, node.args = "call_method", "dropout", (randomness, x, p, node.name)
+        elif node.target is aten.scaled_dot_product_attention.default:
+            node.op, node.target, node.args = "call_method", "attention", (randomness, node.name, *node.args)
         else:
             assert not isinstance(node.target, str)
             operation: Any = node.target
@@ -168,4 +170,5 @@ def draws(node: fx.Node) -> bool:
 
 def drawn_in_kernels(graph: fx.Graph) -> list[fx.Node]:
     """Operations that draw from the default generator inside their kernel: one stage at a time may do so."""
-    return [node for node in operations(graph) if draws(node) and node.target is not aten.dropout.default]
+    keyed = (aten.dropout.default, aten.scaled_dot_product_attention.default)
+    return [node for node in operations(graph) if draws(node) and node.target not in keyed]

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from functools import cached_property
 
 import torch
+from torch import fx
 
-from autodecouple.graph import Graph, attribute
+from autodecouple.graph import Graph, attribute, module_path
 from autodecouple.objectives.objective import Objective
 from autodecouple.passes.candidates import Candidate
 from autodecouple.passes.measure import HeadCost, head_cost
@@ -142,6 +143,7 @@ class StageCosts:
             head_parameter_bytes=head.parameter_bytes,
             activation_bytes=sum(measure.activation_bytes for measure in self.measures[start:stop]),
             optimizer_bytes=OPTIMIZER_STATES * (weights + head.parameter_bytes),
+            modules=whole_modules(self.nodes, start, stop),
             costliest_node=self.nodes[costliest].name,
             costliest_flops=sum(flops[costliest]),
         )
@@ -150,6 +152,17 @@ class StageCosts:
         """FLOPs forward and backward of one node in a stage that begins at `start`; -1 asks for every gradient."""
         measure = self.measures[position]
         return measure.forward_flops, sum(flops for threshold, flops in measure.backward_flops if threshold >= start)
+
+
+def whole_modules(nodes: Sequence[fx.Node], start: int, stop: int) -> tuple[str, ...]:
+    """The modules whose forward lies wholly in [start, stop), in order and none within another."""
+    last = {name: position for position, node in enumerate(nodes) for name in module_path(node)}
+    first = {name: position for position, node in reversed(list(enumerate(nodes))) for name in module_path(node)}
+    outermost = (
+        next((name for name in module_path(node) if name and start <= first[name] and last[name] < stop), "")
+        for node in nodes[start:stop]
+    )
+    return tuple(dict.fromkeys(filter(None, outermost)))
 
 
 def _num_bytes(tensor: torch.Tensor) -> int:

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from autodecouple.errors import InputError, TraceError
 from autodecouple.graph import Graph, device_of, dtype_name, spec_of
 from autodecouple.passes import verify
+from autodecouple.passes.recurrent import shape_only
 from autodecouple.plans import TensorSpec
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -41,18 +42,18 @@ def capture(model: nn.Module, example_inputs: Any) -> Graph:
         raise InputError(f"example_inputs holds no tensor: {example_inputs!r}; pass one batch, like (x,)")
     real = not any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in leaves) and not _is_meta(model)
     leaves = [_widen(leaf) for leaf in leaves]
-    with _quiet(), _mode(model, training=True):
+    with _neutral(), shape_only(), _mode(model, training=True):
         train, out_spec = _export(model, leaves, in_spec)
     inputs, constants, notes = _describe(train, leaves)
     evaluation: fx.GraphModule | None = None
     try:
-        with _quiet(), _mode(model, training=False):
+        with _neutral(), shape_only(), _mode(model, training=False):
             evaluation, _ = _export(model, leaves, in_spec)
     except TraceError as error:
         notes.append(f"evaluation runs the model itself, on one device: its evaluation mode was not captured ({error})")
     graph = Graph(model, train, evaluation, inputs, constants, in_spec, out_spec, warnings=tuple(notes))
     if real:
-        with _quiet():
+        with _neutral():
             verify.matches_original(graph, *pytree.tree_unflatten(leaves, in_spec))
     return graph
 
@@ -91,7 +92,7 @@ def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _neutral() -> Iterator[None]:
     """Export in a neutral state: the caller's autocast and no_grad must not be baked into the graph."""
     with warnings.catch_warnings(), torch.enable_grad(), contextlib.ExitStack() as stack:
         warnings.simplefilter("ignore")

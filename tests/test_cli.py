@@ -248,6 +248,21 @@ def test_targets_may_be_functions_classes_and_modules(folder: Path, target: str)
     assert isinstance(targets.load(target), nn.Sequential)
 
 
+def test_models_of_a_zoo_are_built_weightless_where_they_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch import nn
+
+    def stubborn(name: str) -> nn.Module:
+        layer = nn.Linear(2, 2)
+        float(layer.weight.detach().sum())  # cannot be read on the meta device
+        return layer
+
+    monkeypatch.setitem(targets._ZOOS, "timm", lambda name: nn.Linear(2, 2))
+    monkeypatch.setitem(targets._ZOOS, "hf", stubborn)
+    assert all(p.is_meta for p in targets.load("timm:a", weightless=True).parameters())
+    assert not any(p.is_meta for p in targets.load("timm:a").parameters())
+    assert not any(p.is_meta for p in targets.load("hf:a", weightless=True).parameters())
+
+
 def test_module_missing_inside_user_code_is_not_mistaken_for_the_target(folder: Path) -> None:
     (folder / "model_broken.py").write_text("import surely_absent\n")
     with pytest.raises(ModuleNotFoundError, match="surely_absent"):
@@ -314,6 +329,22 @@ def test_code_prints_one_source_per_stage(api: FakeApi) -> None:
     result = invoke("code", *ARGS)
     assert result.exit_code == 0 and result.stdout.count("def forward") == 2
     compile(result.stdout, "stages", "exec")
+
+
+def test_every_command_runs_on_the_real_compiler(folder: Path) -> None:
+    """The fake above promises what the compiler does; this keeps the promise."""
+    inspected = invoke("-q", "inspect", *ARGS, "--devices", "cpu,cpu", "--json")
+    assert inspected.exit_code == 0
+    plan = Plan.from_json(inspected.stdout)
+    assert len(plan.stages) == 2 and plan.stages[1].lane == 1
+    (folder / "plan.json").write_text(inspected.stdout)
+    simulated = invoke("simulate", "plan.json", "--schedule", "barrier", "--json")
+    assert json.loads(simulated.stdout)["num_lanes"] == 2
+    rows = json.loads(invoke("cuts", *ARGS[:3], "--json").stdout)
+    assert plan.cuts[0].after in [row["node"] for row in rows if row["cut"]]
+    assert invoke("code", *ARGS).stdout.count("# stage") == 2
+    failed = invoke("inspect", *ARGS, "--cut-at", "nowhere")
+    assert failed.exit_code == 1 and "error: " in failed.stderr and "'nowhere'" in failed.stderr
 
 
 def test_doctor_has_what_an_issue_needs() -> None:
