@@ -28,6 +28,7 @@ from autodecouple.passes.place import assign_lanes
 from autodecouple.passes.trace import bind, capture
 from autodecouple.plans import Plan
 from autodecouple.randomness import Randomness
+from autodecouple.schedules.program import Program
 from autodecouple.stage import Stage
 
 
@@ -142,7 +143,6 @@ def build(model: nn.Module, example_inputs: Any, options: Options) -> Pipeline:
     graph, candidates = analyse(model, example_inputs)
     plan = decide(graph, candidates, options.wish)
     programs = Programs(plan, options.schedule)
-    lanes = programs.for_rows(options.schedule.num_micro_batches).lanes
     heads = [_head(graph, plan, index, options) for index in range(len(plan.cuts))]
     criterion = Criterion(options.criterion, graph.out_spec)
     module = insert_heads(graph, plan, heads, criterion)
@@ -151,9 +151,14 @@ def build(model: nn.Module, example_inputs: Any, options: Options) -> Pipeline:
     dims = _batch_dims(graph, plan, codes)
     stages = tuple(Stage(i, code, plan, options.training, dims) for i, code in enumerate(codes))
     program = programs.for_rows(options.schedule.num_micro_batches)
-    executor = EXECUTORS[options.executor](stages, program, max(1, torch.get_num_threads() // len(lanes)))
+    executor = EXECUTORS[options.executor](stages, program, threads_per_lane(program))
     inference = emit_inference(graph, plan)
     return Pipeline(graph, candidates, plan, module, codes, criterion, stages, programs, executor, inference, options)
+
+
+def threads_per_lane(program: Program) -> int:
+    """CPU lanes share the cores that torch may use."""
+    return max(1, torch.get_num_threads() // len(program.lanes))
 
 
 def _head(graph: Graph, plan: Plan, index: int, options: Options) -> nn.Module | None:

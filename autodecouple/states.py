@@ -15,7 +15,7 @@ from torch import nn
 from autodecouple.errors import CheckpointError, PlanError
 from autodecouple.executors import EXECUTORS
 from autodecouple.passes.codegen import emit_inference
-from autodecouple.pipeline import Pipeline
+from autodecouple.pipeline import Pipeline, threads_per_lane
 from autodecouple.plans import Plan
 from autodecouple.stage import Stage
 
@@ -157,7 +157,7 @@ def move(pipeline: Pipeline, device: str) -> Pipeline:
         stage.plan = plan
     programs = type(pipeline.programs)(plan, pipeline.options.schedule)
     program = programs.for_rows(pipeline.options.schedule.num_micro_batches)
-    executor = EXECUTORS[pipeline.options.executor](pipeline.stages, program, max(1, torch.get_num_threads()))
+    executor = EXECUTORS[pipeline.options.executor](pipeline.stages, program, threads_per_lane(program))
     return dataclasses.replace(
         pipeline, plan=plan, programs=programs, executor=executor, inference=emit_inference(pipeline.graph, plan)
     )

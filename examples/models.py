@@ -136,31 +136,36 @@ class Transformer(nn.Module):
         return self.classifier((x * counts).sum(1) / counts.sum(1).clamp(min=1))
 
 
-def vgg(num_classes: int, in_channels: int = 3, width: float = 1.0, image_size: int = 32) -> VGG:
+def vgg(num_classes: int = 10, in_channels: int = 3, width: float = 1.0, image_size: int = 32) -> VGG:
     """SCPL's VGG: 12.4 M parameters with 200 classes. `width` scales every layer."""
     return VGG(num_classes, in_channels, width, image_size)
 
 
-def resnet18(num_classes: int, in_channels: int = 3, width: float = 1.0) -> ResNet:
+def resnet18(num_classes: int = 10, in_channels: int = 3, width: float = 1.0) -> ResNet:
     """ResNet-18 for small images as in SCPL: 3x3 stem, LeakyReLU, and 3x3 shortcuts (1x1 elsewhere)."""
     widths = [round(width * w) for w in (64, 128, 256, 512) for _ in range(2)]
     return ResNet(num_classes, in_channels, widths, shortcut_kernel=3)
 
 
 def residual_cnn(
-    num_classes: int, in_channels: int = 1, widths: Sequence[int] = (24, 24, 24, 48, 48, 48, 96, 96)
+    num_classes: int = 10, in_channels: int = 1, widths: Sequence[int] = (24, 24, 24, 48, 48, 48, 96, 96)
 ) -> ResNet:
     """One residual block per width. Twice the width on a quarter of the pixels: all blocks cost about the same."""
     return ResNet(num_classes, in_channels, widths, shortcut_kernel=1)
 
 
-def lstm(vocab_size: int, num_classes: int, width: int = 300, num_layers: int = 3) -> LSTM:
+def lstm(vocab_size: int = 30_000, num_classes: int = 2, width: int = 300, num_layers: int = 3) -> LSTM:
     """SCPL's text classifier: embedding 300, three bidirectional layers of 300, Linear-Tanh-Linear."""
     return LSTM(vocab_size, num_classes, width, num_layers)
 
 
 def transformer(
-    vocab_size: int, num_classes: int, width: int = 300, num_layers: int = 3, num_heads: int = 6, dropout: float = 0.1
+    vocab_size: int = 30_000,
+    num_classes: int = 2,
+    width: int = 300,
+    num_layers: int = 3,
+    num_heads: int = 6,
+    dropout: float = 0.1,
 ) -> Transformer:
     """SCPL's text classifier: embedding 300, three encoder layers of 300 with six heads, Linear-Tanh-Linear."""
     return Transformer(vocab_size, num_classes, width, num_layers, num_heads, dropout)

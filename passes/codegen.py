@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +42,7 @@ class StageCode:
 
     @property
     def text(self) -> str:
-        """The code that runs, with the module path of each operation, and the head."""
+        """The code that runs, with the module path of each operation, and the head; `x = None` frees are left out."""
         paths = {node.name: module_path(node)[-1:] for node in self.body.graph.nodes}
         lines: list[str] = []
         current: tuple[str, ...] = ("",)
@@ -50,7 +51,7 @@ class StageCode:
             if path and path != current:
                 lines.append(f"    # {path[0] or type(self.body).__name__}")
                 current = path
-            lines.append(line)
+            lines.append(re.sub(r";  [\w = ]+ = None$", "", line))
         code = "\n".join(lines).replace("def forward", f"def {type(self.body).__name__.lower()}", 1)
         return f"{code}\n\n# head: {self.head!r}\n"
 
@@ -92,19 +93,19 @@ def emit_inference(graph: Graph, plan: Plan) -> fx.GraphModule | None:
         return move
 
     for node in operations(work):
-        node.args = fx.node.map_arg(node.args, on(devices[stage[node]]))
+        node.args = _on_device(fx.node.map_arg(node.args, on(devices[stage[node]])), devices[stage[node]])
         node.kwargs = _on_device(fx.node.map_arg(node.kwargs, on(devices[stage[node]])), devices[stage[node]])
     root = {str(n.target): attribute(graph.evaluation, n) for n in work.find_nodes(op="get_attr")}
     return fx.GraphModule(root, work, "Inference")
 
 
 def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
-def _on_device(kwargs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+def _on_device(arguments: Any, device: torch.device) -> Any:
     """Devices that tracing baked in follow the stage."""
-    return {name: device if name == "device" and value is not None else value for name, value in kwargs.items()}
+    return fx.node.map_aggregate(arguments, lambda value: device if isinstance(value, torch.device) else value)
 
 
 def _parameter_stages(graph: Graph, plan: Plan) -> dict[str, int]:
@@ -184,6 +185,7 @@ class _Splitter:
                 if source not in copies:
                     copies[source] = graph.node_copy(source)
             copies[node] = graph.node_copy(node, lambda n: copies[n])
+            copies[node].args = _on_device(copies[node].args, device)
             copies[node].kwargs = _on_device(copies[node].kwargs, device)
         graph.output(tuple(copies[node] for node in outputs))
         root = {str(n.target): self._owned(n, index) for n in graph.find_nodes(op="get_attr")}

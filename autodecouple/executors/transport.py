@@ -169,6 +169,7 @@ def pack_from_caller(values: Any) -> Parcel:
 
 def _moved(values: Any, device: torch.device) -> Any:
     def move(value: Any) -> Any:
-        return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        # a copy to the processor must be complete when it returns: nothing on that side would wait for it
+        return value.to(device, non_blocking=device.type != "cpu") if isinstance(value, torch.Tensor) else value
 
     return pytree.tree_map(move, values)
