@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 import weakref
@@ -49,13 +50,22 @@ class Decoupled:
         """Capture, cut and place the model now, for inputs like these; the first `train_step` does it otherwise."""
         if self._pipeline is not None:
             raise InputError("the model has been captured already: compile it again for other inputs")
+        if self._closed:
+            raise ClosedError("the pipeline was closed; compile the model again")
         self._attach(build(self._model, example_inputs, self._options))
         return self
+
+    def _ensure_captured(self, inputs: Any) -> None:
+        """Capture for inputs like these, unless that was done before."""
+        if self._pipeline is None:
+            self.capture(inputs)
 
     def _attach(self, pipeline: Pipeline) -> None:
         """Workers must end with this object, and they hold no reference to it."""
         self._pipeline = pipeline
-        self._finalizer = weakref.finalize(self, pipeline.executor.close, abort=True)
+        # Not waiting for them: the collector may run in any thread, while it holds what they are waiting for.
+        self._finalizer = weakref.finalize(self, pipeline.executor.close, abort=True, wait=False)
+        self._finalizer.atexit = False  # the executor sees to that
 
     def train_step(self, inputs: Any, target: Any = None) -> Step:
         """Train every stage on one batch; returns at once, waiting only for room in the pipeline.
@@ -67,12 +77,11 @@ class Decoupled:
         """
         if self._closed:
             raise ClosedError("the pipeline was closed; compile the model again to go on training")
-        if self._pipeline is None:
-            self.capture(inputs)
+        self._ensure_captured(inputs)
         pipeline = self._compiled
         job = pipeline.job(self._next_batch, inputs, target)
+        self._next_batch += 1  # first: Ctrl-C may come between, and no two batches may have one number
         pipeline.executor.submit(job)
-        self._next_batch += 1
         return Step(job, pipeline.output)
 
     def synchronize(self) -> None:
@@ -157,14 +166,19 @@ class Decoupled:
         else:
             self._finalizer.detach()
             self._attach(states.move(self._compiled, name))
+            if self._closed:
+                self._compiled.executor.close()
         return self
 
     # ---------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
-        """All that training goes on from: the model under its own names, heads, optimizers, random state, step."""
+        """All that training goes on from: the model under its own names, heads, optimizers, random state, step.
+
+        A copy: training on does not change it.
+        """
         self.synchronize()
-        return states.collect(self._compiled, self._next_batch)
+        return copy.deepcopy(states.collect(self._compiled, self._next_batch))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on exactly where `state` was taken; raises CheckpointError, and changes nothing, where it does not fit."""
@@ -173,7 +187,8 @@ class Decoupled:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to a file: a new one is complete before it replaces the old."""
-        states.save(self.state_dict(), Path(path))
+        self.synchronize()
+        states.save(states.collect(self._compiled, self._next_batch), Path(path))
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Read what `save` wrote; raises CheckpointError for a file that is not whole."""
@@ -247,7 +262,8 @@ class Decoupled:
             return
         self._closed = True
         if self._pipeline is not None:
-            self._finalizer()
+            self._finalizer.detach()
+            self._pipeline.executor.close(abort=True)
 
     def __deepcopy__(self, memo: object) -> Decoupled:
         raise InputError(
@@ -259,7 +275,8 @@ class Decoupled:
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("_") and hasattr(nn.Module, name):
-            raise AttributeError(f"a compiled pipeline has no {name!r}: use decoupled.model.{name}")
+            instead = _INSTEAD.get(name, f"use decoupled.model.{name}")
+            raise AttributeError(f"a compiled pipeline has no {name!r}: {instead}")
         raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
 
     @property
@@ -275,8 +292,7 @@ class Decoupled:
         leaves = pytree.tree_leaves(output)
         device = next((leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)), torch.device("cpu"))
         with torch.no_grad():
-            loss, _ = self._compiled.criterion(*leaves, _to(target, {device}))
-        return float(loss)
+            return float(self._compiled.criterion.compare(output, _to(target, {device})))
 
     def _warn_without_positives(self) -> None:
         """Say once that SupCon had batches in which no two rows shared a class."""
@@ -292,6 +308,17 @@ class Decoupled:
                 " 0 and trains nothing. Larger batches, or batches sampled by class, avoid this.",
                 stacklevel=3,
             )
+
+
+_CONVERT = "convert the model before compile()"
+_INSTEAD = {
+    "forward": "call it, decoupled(x)",
+    "cpu": 'use decoupled.to("cpu")',
+    "cuda": 'use decoupled.to("cuda")',
+    **dict.fromkeys(("half", "bfloat16", "float", "double", "type"), _CONVERT),
+    **dict.fromkeys(("requires_grad_", "apply", "to_empty"), "do that to the model before compile()"),
+    "zero_grad": "every update leaves the gradients at None",
+}
 
 
 def _to(value: Any, devices: set[torch.device]) -> Any:

@@ -9,12 +9,14 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from autodecouple import states
 from autodecouple.errors import InputError
 from autodecouple.executors import Step
 
@@ -78,6 +80,8 @@ def fit(
 ) -> list[Epoch]:
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
         raise InputError(f"epochs must be a positive integer, not {epochs!r}")
+    if checkpoint is not None:
+        states.check_folder(Path(checkpoint))  # before the epoch whose result it is to hold
     history = []
     for number in range(1, epochs + 1):
         start = time.perf_counter()
@@ -91,11 +95,11 @@ def fit(
         decoupled.synchronize()
         for step, target in waiting:
             mean.add(step, target)
+        if mean.rows == 0:
+            raise InputError("the loader gave no batch: nothing was trained (a generator can be read only once)")
         seconds = time.perf_counter() - start
         held_out = decoupled.evaluate(validation)["accuracy"] if validation is not None else math.nan
         history.append(Epoch(number, mean.losses, mean.accuracy, held_out, seconds))
-        if mean.rows == 0:
-            raise InputError("the loader gave no batch: nothing was trained (a generator can be read only once)")
         if checkpoint is not None:
             decoupled.save(checkpoint)
         if progress:
@@ -108,6 +112,7 @@ def evaluate(decoupled: Decoupled, loader: Iterable[Any]) -> dict[str, float]:
     rows, hits, compared, total = 0, 0, 0, 0.0
     for batch in loader:
         inputs, target = unpack(batch)
+        decoupled._ensure_captured(inputs)
         output = decoupled(**inputs) if isinstance(inputs, Mapping) else decoupled(*_positional(inputs))
         count = len(target) if _has_rows(target) else 1
         rows, total = rows + count, total + decoupled._task_loss(output, target) * count

@@ -17,7 +17,7 @@ from autodecouple.plans import TensorSpec
 class Measure:
     """What the fake run of one node showed; positions count the graph's operations from 0.
 
-    value:           its tensor (or integer), None for tuples and None
+    value:           its tensor (or number), None for tuples and None
     gradient_since:  position from which it carries a gradient, None if never
     storages:        identities of the memory it lives in; views and in-place results share them
     writes:          identities of the memory that it writes into
@@ -25,7 +25,9 @@ class Measure:
     backward_flops:  pairs (threshold, FLOPs): spent when the stage begins at or before `threshold`, since only then
                      does an input of the node need a gradient
     activation_bytes: new memory that the backward may need
-    depends:         the last position, up to this one, at which a trainable parameter enters its value; -1 if none
+    depends:         the last position, up to this one, from which a trainable parameter's gradient path leads to its
+                     value; -1 if none
+    in_loss:         whether a gradient of the model's outputs comes back to it
     """
 
     position: int
@@ -37,6 +39,7 @@ class Measure:
     backward_flops: tuple[tuple[int, int], ...] = ()
     activation_bytes: int = 0
     depends: int = -1
+    in_loss: bool = True
 
     def carries_gradient(self, position: int) -> bool:
         return self.gradient_since is not None and self.gradient_since <= position
@@ -91,6 +94,18 @@ class Graph:
         return None
 
     @property
+    def smallest_batch(self) -> int:
+        """Rows that a training step needs: 2 where a BatchNorm would see one value per channel in a single row."""
+        return 2 if any(map(self._normalises_rows, self.operations)) else 1
+
+    def _normalises_rows(self, node: fx.Node) -> bool:
+        if node.target is not torch.ops.aten.batch_norm.default or node.args[5] is not True:
+            return False
+        source = node.args[0]
+        spec = self.measures[source.name].value if isinstance(source, fx.Node) else None
+        return spec is not None and all(size == 1 for size in spec.shape[2:])
+
+    @property
     def signal(self) -> TensorSpec:
         """What heads compare with: one class index per row."""
         batch = next((s.shape[s.batch_dim] for s in self.inputs if s.batch_dim is not None), 1)
@@ -106,6 +121,12 @@ class Graph:
                 name = str(node.target)
                 uses.setdefault(name, []).extend(positions[user] for user in node.users if user in positions)
         return uses
+
+    @property
+    def trained(self) -> frozenset[str]:
+        """Names of the trainable parameters to which a gradient of the outputs comes back."""
+        nodes = self.train.graph.find_nodes(op="get_attr")
+        return frozenset(str(node.target) for node in nodes if self.measures[node.name].in_loss)
 
 
 def operations(graph: fx.Graph) -> list[fx.Node]:
@@ -142,12 +163,17 @@ def named_leaves(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     yield from model.named_parameters(remove_duplicate=False)
 
 
+def is_free(size: object) -> bool:
+    """Whether a size of the capture may change; one that was found to be constant may still be a SymInt."""
+    return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
+
+
 def spec_of(name: str, value: object, batch_dim: int | None) -> TensorSpec | None:
-    """The spec of a tensor or integer, None for anything else."""
+    """The spec of a tensor or number, None for anything else."""
     if isinstance(value, torch.Tensor):
         return TensorSpec(name, tuple(int(s) for s in value.shape), dtype_name(value.dtype), batch_dim)
-    if isinstance(value, int):
-        return TensorSpec(name, (), "int", None)
+    if isinstance(value, (int, float)):
+        return TensorSpec(name, (), "int" if isinstance(value, int) else "float", None)
     return None
 
 

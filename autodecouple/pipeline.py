@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from autodecouple.errors import InputError, PlanError
 from autodecouple.executors import EXECUTORS, Executor
@@ -109,6 +108,7 @@ class Pipeline:
     programs: Programs
     executor: Executor
     inference: fx.GraphModule | None
+    written: frozenset[str]
     options: Options
 
     def job(self, index: int, inputs: Any, target: Any) -> Job:
@@ -116,19 +116,21 @@ class Pipeline:
         leaves = bind(self.graph, inputs)
         names = [node.name for node in self.graph.train.graph.find_nodes(op="placeholder")]
         rows = _rows(self.graph, leaves)
+        if rows < self.programs.smallest:
+            raise InputError(
+                f"a batch of {rows} row cannot be trained on: BatchNorm needs more than one value per channel. Drop the"
+                " last batch (drop_last=True) or choose another batch size"
+            )
         self._check_target(target, rows)
         program = self.programs.for_rows(rows)
         values = dict(zip(names, leaves, strict=True))
-        return Job(index, program, self.plan, values, target, rows, self.options.seed)
+        return Job(index, program, self.plan, values, target, rows, self.options.seed, self.written)
 
     def output(self, job: Job) -> Any:
         """The model's output of a finished job, in its own structure."""
         leaves = self.graph.outputs
         dims = [self.graph.measures[x.name].value for x in leaves if isinstance(x, fx.Node)]
-        found = iter(job.outputs([spec.batch_dim if spec is not None else None for spec in dims]))
-        return pytree.tree_unflatten(
-            [next(found) if isinstance(x, fx.Node) else x for x in leaves], self.graph.out_spec
-        )
+        return self.criterion.unflatten(job.outputs([spec.batch_dim if spec is not None else None for spec in dims]))
 
     def _check_target(self, target: Any, rows: int) -> None:
         needs_classes = any(not self.plan.coupled_after(cut) for cut in range(len(self.plan.cuts)))
@@ -142,18 +144,27 @@ def build(model: nn.Module, example_inputs: Any, options: Options) -> Pipeline:
     """Run every pass: trace, measure, candidates, partition, place, insert, codegen."""
     graph, candidates = analyse(model, example_inputs)
     plan = decide(graph, candidates, options.wish)
-    programs = Programs(plan, options.schedule)
+    programs = Programs(plan, options.schedule, graph.smallest_batch)
+    program = programs.full  # raises where the schedule does not suit the plan
     heads = [_head(graph, plan, index, options) for index in range(len(plan.cuts))]
-    criterion = Criterion(options.criterion, graph.out_spec)
+    constants = {index: leaf for index, leaf in enumerate(graph.outputs) if not isinstance(leaf, fx.Node)}
+    criterion = Criterion(options.criterion, graph.out_spec, constants)
     module = insert_heads(graph, plan, heads, criterion)
     codes = emit_stages(module, graph, plan)
     verify.stages_fit(codes, plan)
     dims = _batch_dims(graph, plan, codes)
     stages = tuple(Stage(i, code, plan, options.training, dims) for i, code in enumerate(codes))
-    program = programs.for_rows(options.schedule.num_micro_batches)
-    executor = EXECUTORS[options.executor](stages, program, threads_per_lane(program))
-    inference = emit_inference(graph, plan)
-    return Pipeline(graph, candidates, plan, module, codes, criterion, stages, programs, executor, inference, options)
+    inference, written = emit_inference(graph, plan), _written_inputs(graph)
+    executor = EXECUTORS[options.executor](stages, program, threads_per_lane(program))  # last: it starts workers
+    return Pipeline(
+        graph, candidates, plan, module, codes, criterion, stages, programs, executor, inference, written, options
+    )
+
+
+def _written_inputs(graph: Graph) -> frozenset[str]:
+    """Inputs whose memory the model's forward writes into."""
+    writes = {storage for node in graph.operations for storage in graph.measures[node.name].writes}
+    return frozenset(spec.name for spec in graph.inputs if graph.measures[spec.name].storages & writes)
 
 
 def threads_per_lane(program: Program) -> int:

@@ -15,15 +15,15 @@ FORMAT = 1
 """Version of the JSON layout; raised when a field changes its meaning."""
 
 _BYTES = {"float64": 8, "int64": 8, "complex64": 8, "complex128": 16, "float32": 4, "int32": 4,
-          "float16": 2, "bfloat16": 2, "int16": 2, "int8": 1, "uint8": 1, "bool": 1, "int": 8}  # fmt: skip
+          "float16": 2, "bfloat16": 2, "int16": 2, "int8": 1, "uint8": 1, "bool": 1, "int": 8, "float": 8}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class TensorSpec:
     """A value that enters, crosses or leaves: name, shape at the example batch, dtype.
 
-    `batch_dim` is the dimension that grows with the batch, None where none does. A plain integer that travels
-    (a sequence length) has dtype "int" and shape (). `num_classes` is set for class indices only.
+    `batch_dim` is the dimension that grows with the batch, None where none does. A plain number that travels
+    (a sequence length) has dtype "int" or "float" and shape (). `num_classes` is set for class indices only.
     """
 
     name: str

@@ -12,7 +12,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
-from autodecouple.errors import NonFiniteLossError
+from autodecouple.errors import InputError, NonFiniteLossError
+from autodecouple.objectives.heads import full_precision
 from autodecouple.passes.codegen import StageCode
 from autodecouple.plans import Plan
 from autodecouple.randomness import Randomness
@@ -29,15 +30,23 @@ class Passage:
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Before:
+    """A stage as it was before a batch: its buffers, and the gradients that an accumulation had gathered."""
+
+    buffers: list[torch.Tensor]
+    gradients: list[torch.Tensor | None]
+
+
 @dataclass
 class Work:
-    """What a stage holds of one batch between its forward and its update."""
+    """What a stage holds of one batch between its forward and its update; `sizes` are the micro-batches' rows."""
 
-    rows: int
+    sizes: Sequence[int]
+    before: Before | None = None
     passages: dict[int, Passage] = field(default_factory=dict)
     losses: list[torch.Tensor] = field(default_factory=list)
     finite: list[_Flag] = field(default_factory=list)
-    buffers: list[torch.Tensor] = field(default_factory=list)
     outputs: dict[int, tuple[Any, ...]] = field(default_factory=dict)
 
 
@@ -83,23 +92,32 @@ class Stage:
     def has_loss(self) -> bool:
         return self.code.head is not None
 
+    @property
+    def loss_stage(self) -> int:
+        """The stage whose loss trains this one: itself, or the last of those it is coupled to."""
+        return next(s for s in range(self.index, len(self.plan.stages)) if not self.plan.coupled_after(s))
+
     def place(self, device: torch.device) -> None:
         """Move parameters, buffers and head; the user's objects stay the same, optimizer state follows."""
         self.device = device
-        modules: list[nn.Module] = [self.code.body, *([self.code.head] if self.code.head is not None else [])]
-        for module in modules:
+        heads = [self.code.head] if self.code.head is not None else []
+        for module in (self.code.body, *heads):
             for tensor in (*module.parameters(), *module.buffers()):
                 tensor.data = tensor.data.to(device)
+            for parameter in module.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = parameter.grad.to(device)
         buffers = dict(self.code.body.named_buffers())
         self.buffers = [buffers[name] for name in self.code.written]
+        self.buffers += [buffer for head in heads for buffer in head.buffers()]
         if getattr(self, "optimizer", None) is not None:
             assert self.optimizer is not None
             self.optimizer.load_state_dict(self.optimizer.state_dict())  # casts its state to the parameters' device
 
     def forward(self, work: Work, micro_batch: int, received: Values, randomness: Randomness) -> Values:
         """Run one micro-batch; returns what the next stage is sent, free of this stage's graph."""
-        if not work.passages and self.training.on_nonfinite != "ignore":
-            work.buffers = [buffer.clone() for buffer in self.buffers]
+        if work.before is None:
+            work.before = self._set_aside()
         if self.coupled_before:
             name = self._incoming
             received = {**received, name: received[name].detach().requires_grad_()}
@@ -122,13 +140,14 @@ class Stage:
         leaves = {name: self._join(name, passages) for name in self._read}
         mask = {"mask": leaves[self.code.mask]} if self.code.mask is not None else {}
         loss, encoded = self.code.head(*(leaves[name] for name in self.code.head_inputs), signal, **mask)
-        weight = 1.0 if micro_batch is None else _rows(signal, work.rows) / work.rows
+        weight = 1.0 if micro_batch is None else work.sizes[micro_batch] / sum(work.sizes)
         weighted = loss if weight == 1.0 else loss * weight
         work.losses.append(weighted.detach())
         work.finite.append(_Flag(weighted.detach()))
         if weighted.requires_grad:
             share = weighted / self.training.accumulate if self.training.accumulate > 1 else weighted
-            share.backward()
+            with full_precision(share):  # the caller's autocast is for the forward
+                share.backward()
         self._split(leaves, passages)
         return _free_tree(encoded)
 
@@ -140,47 +159,69 @@ class Stage:
         names = [name for name in passage.gradients if passage.values[name].requires_grad]
         if names:
             tensors = [passage.values[name] for name in names]
-            torch.autograd.backward(tensors, [passage.gradients[name] for name in names])
+            with full_precision(tensors[0]):
+                torch.autograd.backward(tensors, [passage.gradients[name] for name in names])
         if not self.coupled_before:
             return None
         leaf: torch.Tensor = passage.values[self._incoming]
         return leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
 
-    def update(self, work: Work) -> torch.Tensor | None:
-        """Step the optimizer and scheduler; returns the batch's loss. A loss that is not finite updates nothing."""
-        if self.training.on_nonfinite != "ignore" and not all(flag.is_set() for flag in work.finite):
-            value = math.fsum(float(loss) for loss in work.losses)
+    def update(self, work: Work, judge: Work) -> torch.Tensor | None:
+        """Step the optimizer and scheduler; returns the batch's loss, None where it is another stage's.
+
+        judge: the work of `loss_stage`. Where its loss is not finite nothing is updated.
+        """
+        if self.training.on_nonfinite != "ignore" and not all(flag.is_set() for flag in judge.finite):
             self.discard(work)
             if self.training.on_nonfinite == "raise":
                 raise NonFiniteLossError(
-                    f"the loss of stage {self.index} is {value}: nothing of this stage was updated with this batch."
-                    ' Lower the learning rate, clip gradients (clip_grad_norm=), or pass on_nonfinite="skip".'
+                    f"the loss of stage {self.loss_stage} is {math.fsum(float(loss) for loss in judge.losses)}: nothing"
+                    f" of stage {self.index} was updated with this batch. Lower the learning rate, clip gradients"
+                    ' (clip_grad_norm=), or pass on_nonfinite="skip".'
                 )
             self.skipped += 1
-            return sum(work.losses, torch.zeros((), device=self.device))
-        self.pending += 1
-        if self.optimizer is not None and self.pending >= self.training.accumulate:
-            if self.training.clip_grad_norm is not None:
-                nn.utils.clip_grad_norm_(self.parameters, self.training.clip_grad_norm)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            self.pending = 0
-            if self.scheduler is not None:
-                self.scheduler.step()
+        else:
+            self._step(work)
         return sum(work.losses[1:], work.losses[0]) if work.losses else None
 
-    def discard(self, work: Work) -> None:
-        """Forget a batch: gradients and buffers as they were before its forward.
+    def _step(self, work: Work) -> None:
+        """Count the batch, and step if it completes an accumulation."""
+        assert work.before is not None
+        for parameter, earlier in zip(self.parameters, work.before.gradients, strict=False):
+            if earlier is not None:
+                parameter.grad = earlier if parameter.grad is None else parameter.grad.add_(earlier)
+        if self.pending + 1 < self.training.accumulate or self.optimizer is None:
+            self.pending += 1
+            work.before = None
+            return
+        if self.training.clip_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.training.clip_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.pending = 0
+        work.before = None  # from here on there is no way back
+        if self.scheduler is not None:
+            self.scheduler.step()
 
-        Gradients that earlier batches of an accumulation left go too: they cannot be told apart.
-        """
-        work.passages.clear()
-        with torch.no_grad():
-            for buffer, before in zip(self.buffers, work.buffers, strict=False):
-                buffer.copy_(before)
+    def _set_aside(self) -> Before:
+        """What a batch must not lose: it may have to be left out again."""
+        gradients = [parameter.grad for parameter in self.parameters] if self.pending else []
         for parameter in self.parameters:
             parameter.grad = None
-        self.pending = 0
+        return Before([buffer.clone() for buffer in self.buffers], gradients)
+
+    def discard(self, work: Work) -> None:
+        """Forget a batch: gradients and buffers as they were before its forward."""
+        work.passages.clear()
+        if work.before is None:
+            return
+        with torch.no_grad():
+            for buffer, value in zip(self.buffers, work.before.buffers, strict=True):
+                buffer.copy_(value)
+        gradients = work.before.gradients or [None] * len(self.parameters)
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        work.before = None
 
     @property
     def _incoming(self) -> str:
@@ -213,8 +254,12 @@ class Stage:
             if len(passages) == 1:
                 passages[0].gradients[name] = leaf.grad
                 continue
-            dim = self.batch_dims[name]
-            assert dim is not None
+            dim = self.batch_dims.get(name)
+            if dim is None:
+                raise InputError(
+                    f"the loss reads {name!r}, which has no rows, so that micro-batches cannot share its gradient: take"
+                    ' schedule="streaming", or a criterion that reads per-row outputs only'
+                )
             sizes = [passage.values[name].shape[dim] for passage in passages]
             for passage, part in zip(passages, leaf.grad.split(sizes, dim), strict=True):
                 passage.gradients[name] = part
@@ -248,10 +293,6 @@ def _crossing_name(plan: Plan, cut: int) -> str:
 def _trainable(code: StageCode) -> list[nn.Parameter]:
     heads = list(code.head.parameters()) if code.head is not None else []
     return [parameter for parameter in (*code.body.parameters(), *heads) if parameter.requires_grad]
-
-
-def _rows(signal: Any, default: int) -> int:
-    return int(signal.shape[0]) if isinstance(signal, torch.Tensor) and signal.ndim else default
 
 
 def _free(value: Any) -> Any:

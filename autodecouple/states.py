@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from torch import nn
 
 from autodecouple.errors import CheckpointError, PlanError
 from autodecouple.executors import EXECUTORS
-from autodecouple.passes.codegen import emit_inference
+from autodecouple.executors.executor import Programs
+from autodecouple.passes.codegen import emit_inference, rehome
 from autodecouple.pipeline import Pipeline, threads_per_lane
 from autodecouple.plans import Plan
 from autodecouple.stage import Stage
@@ -40,6 +41,7 @@ def _stage_state(stage: Stage) -> dict[str, Any]:
     return {
         "optimizer": stage.optimizer.state_dict() if stage.optimizer is not None else None,
         "scheduler": stage.scheduler.state_dict() if stage.scheduler is not None else None,
+        "kinds": {"optimizer": _kind(stage.optimizer), "scheduler": _kind(stage.scheduler)},
         "pending": stage.pending,
         "skipped": stage.skipped,
         "gradients": [p.grad for p in stage.parameters] if stage.pending else None,
@@ -58,9 +60,9 @@ def restore(pipeline: Pipeline, state: Mapping[str, Any]) -> int:
         if stage.code.head is not None:
             stage.code.head.load_state_dict(state["heads"][str(stage.index)])
         if stage.optimizer is not None:
-            stage.optimizer.load_state_dict(saved["optimizer"])
+            stage.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))  # it would take the tensors themselves
         if stage.scheduler is not None:
-            stage.scheduler.load_state_dict(saved["scheduler"])
+            stage.scheduler.load_state_dict(copy.deepcopy(saved["scheduler"]))
         stage.pending, stage.skipped = saved["pending"], saved["skipped"]
         gradients = saved["gradients"] or [None] * len(stage.parameters)
         for parameter, gradient in zip(stage.parameters, gradients, strict=True):
@@ -74,6 +76,15 @@ def restore(pipeline: Pipeline, state: Mapping[str, Any]) -> int:
 def _check(pipeline: Pipeline, state: Mapping[str, Any]) -> None:
     if not isinstance(state, Mapping) or state.get("format") != FORMAT:
         raise CheckpointError("not a state of this version: pass what state_dict() returned")
+    try:
+        _check_fit(pipeline, state)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"the state is not whole: {type(error).__name__}: {error}") from error
+
+
+def _check_fit(pipeline: Pipeline, state: Mapping[str, Any]) -> None:
     try:
         saved = Plan.from_json(state["plan"])
     except PlanError as error:
@@ -91,10 +102,29 @@ def _check(pipeline: Pipeline, state: Mapping[str, Any]) -> None:
     for stage, saved_stage in zip(pipeline.stages, state["stages"], strict=True):
         if stage.code.head is not None:
             _check_tensors(f"head {stage.index}", stage.code.head.state_dict(), state["heads"][str(stage.index)])
-        if (stage.scheduler is None) != (saved_stage["scheduler"] is None):
-            raise CheckpointError("the state was saved with another scheduler= than this pipeline has")
+        for what, part in (("scheduler", stage.scheduler), ("optimizer", stage.optimizer)):
+            if _kind(part) != (kind := saved_stage["kinds"][what]):
+                raise CheckpointError(
+                    f"stage {stage.index} was saved with {what} {kind}, but has {_kind(part)}: pass the same {what}="
+                )
         if stage.optimizer is not None:
             _check_optimizer(stage, saved_stage["optimizer"])
+        _check_gradients(stage, saved_stage)
+    if not isinstance(state["step"], int) or not isinstance(state["random"]["cpu"], torch.Tensor):
+        raise CheckpointError("the state is not whole: it lacks the step or the random state")
+
+
+def _kind(part: object) -> str | None:
+    return None if part is None else type(part).__name__
+
+
+def _check_gradients(stage: Stage, saved: Mapping[str, Any]) -> None:
+    """Of an accumulation under way: one gradient, or None, per parameter."""
+    gradients = saved["gradients"] or [None] * len(stage.parameters)
+    pairs = zip(stage.parameters, gradients, strict=True)
+    fits = all(gradient is None or gradient.shape == parameter.shape for parameter, gradient in pairs)
+    if not fits or not isinstance(saved["pending"], int) or not isinstance(saved["skipped"], int):
+        raise CheckpointError(f"the state's accumulation does not fit stage {stage.index}")
 
 
 def _check_tensors(what: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
@@ -124,13 +154,22 @@ def _cuts(plan: Plan) -> list[str]:
 
 def save(state: dict[str, Any], path: Path) -> None:
     """Write beside the target and rename: a crash leaves the old file whole."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    check_folder(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
-        torch.save(state, name)
-        os.replace(name, path)
+        with beside.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
     finally:
-        Path(name).unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
+
+
+def check_folder(path: Path) -> None:
+    """Raises CheckpointError where the folder of a file is not there."""
+    if not path.parent.is_dir():
+        raise CheckpointError(f"the folder {path.parent} is not there: make it before saving {path.name}")
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -151,16 +190,17 @@ def move(pipeline: Pipeline, device: str) -> Pipeline:
     for stage in pipeline.stages:
         stage.place(torch.device(device))
     _move_rest(pipeline.graph.model, device)
+    for code in pipeline.codes:
+        rehome(code, torch.device(device))
     specs = tuple(dataclasses.replace(spec, device=device) for spec in pipeline.plan.stages)
     plan = dataclasses.replace(pipeline.plan, stages=specs)
     for stage in pipeline.stages:
         stage.plan = plan
-    programs = type(pipeline.programs)(plan, pipeline.options.schedule)
-    program = programs.for_rows(pipeline.options.schedule.num_micro_batches)
-    executor = EXECUTORS[pipeline.options.executor](pipeline.stages, program, threads_per_lane(program))
-    return dataclasses.replace(
-        pipeline, plan=plan, programs=programs, executor=executor, inference=emit_inference(pipeline.graph, plan)
-    )
+    programs = Programs(plan, pipeline.options.schedule, pipeline.graph.smallest_batch)
+    inference = emit_inference(pipeline.graph, plan)
+    threads = threads_per_lane(programs.full)
+    executor = EXECUTORS[pipeline.options.executor](pipeline.stages, programs.full, threads)
+    return dataclasses.replace(pipeline, plan=plan, programs=programs, executor=executor, inference=inference)
 
 
 def _move_rest(model: nn.Module, device: str) -> None:

@@ -6,7 +6,8 @@
     lstm             after each layer           depend on the length of the text
     transformer      after each layer           depend on the length of the text
 
-Widths, activations and heads are those of SCPL ("Supervised Contrastive Parallel Learning", CIKM 2023 and its code).
+Widths, activations and heads are those of SCPL ("Supervised Contrastive Parallel Learning", CIKM 2023 and its code);
+`lstm` says where it differs.
 `residual_cnn` is a small one of our own, for 8x8 digits and for narrow runs on CIFAR-10.
 """
 
@@ -89,13 +90,15 @@ class ResNet(nn.Module):
 
 
 class LSTM(nn.Module):
-    """Embedding and bidirectional LSTM layers, each started with the final state of the one below.
+    """Embedding and bidirectional LSTM layers; tokens (N, T) to logits (N, classes).
 
-    Tokens (N, T) to logits (N, classes). The text is represented by the mean of both directions' final states.
+    The text is represented by the mean of both directions' final states. `hand_state` starts each layer with the final
+    state of the one below.
     """
 
-    def __init__(self, vocab_size: int, num_classes: int, width: int, num_layers: int) -> None:
+    def __init__(self, vocab_size: int, num_classes: int, width: int, num_layers: int, hand_state: bool) -> None:
         super().__init__()
+        self.hand_state = hand_state
         self.embedding = nn.Embedding(vocab_size, width, padding_idx=PADDING)
         inputs = [width] + [2 * width] * (num_layers - 1)
         # One module per layer: nn.LSTM(num_layers=3) is a single operator, and nothing can be cut inside one.
@@ -105,7 +108,7 @@ class LSTM(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         x, state = self.embedding(tokens), None
         for layer in self.layers:
-            x, state = layer(x, state)
+            x, state = layer(x, state if self.hand_state else None)
         assert state is not None
         return self.classifier(state[0].mean(0))
 
@@ -154,9 +157,15 @@ def residual_cnn(
     return ResNet(num_classes, in_channels, widths, shortcut_kernel=1)
 
 
-def lstm(vocab_size: int = 30_000, num_classes: int = 2, width: int = 300, num_layers: int = 3) -> LSTM:
-    """SCPL's text classifier: embedding 300, three bidirectional layers of 300, Linear-Tanh-Linear."""
-    return LSTM(vocab_size, num_classes, width, num_layers)
+def lstm(
+    vocab_size: int = 30_000, num_classes: int = 2, width: int = 300, num_layers: int = 3, hand_state: bool = False
+) -> LSTM:
+    """SCPL's text classifier: embedding 300, three bidirectional layers of 300, Linear-Tanh-Linear.
+
+    SCPL hands the final state of each layer to the next, `hand_state=True`. Then three tensors that carry a gradient
+    leave every layer, and no cut between layers is legal; so layers start from zero here, as those of one nn.LSTM do.
+    """
+    return LSTM(vocab_size, num_classes, width, num_layers, hand_state)
 
 
 def transformer(

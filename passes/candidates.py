@@ -65,7 +65,8 @@ class _Sweep:
             for storage in self.measures[node].writes:
                 self.last_write[storage] = position
         self.blocked = _blocked(_spans(graph), end)
-        self.last_trained = max((max(uses) for uses in graph.parameter_uses().values() if uses), default=-1)
+        trained = [uses for name, uses in graph.parameter_uses().items() if name in graph.trained]
+        self.last_trained = max((max(uses) for uses in trained if uses), default=-1)
         self.owned = frozenset[int]().union(*(m.storages for n, m in self.measures.items() if n.op == "get_attr"))
 
     def __iter__(self) -> Iterator[Candidate]:
@@ -161,7 +162,7 @@ Span = tuple[str, int, int]
 def _blocked(spans: list[Span], end: int) -> dict[int, Span]:
     """For each position inside a span, the span that reaches furthest."""
     blocked: dict[int, Span] = {}
-    waiting = sorted(spans, key=lambda span: span[1], reverse=True)
+    waiting = sorted(spans, key=lambda span: span[1])[::-1]
     current: Span | None = None
     for position in range(end):
         while waiting and waiting[-1][1] == position:

@@ -108,6 +108,13 @@ def _on_device(arguments: Any, device: torch.device) -> Any:
     return fx.node.map_aggregate(arguments, lambda value: device if isinstance(value, torch.device) else value)
 
 
+def rehome(code: StageCode, device: torch.device) -> None:
+    """Let the devices that tracing baked into a stage's body be this one."""
+    for node in code.body.graph.nodes:
+        node.kwargs = _on_device(node.kwargs, device)
+    code.body.recompile()
+
+
 def _parameter_stages(graph: Graph, plan: Plan) -> dict[str, int]:
     """The stage that uses each parameter and buffer."""
     stage_of = {name: stage.index for stage in plan.stages for name in stage.nodes}

@@ -32,7 +32,7 @@ def insert_heads(graph: Graph, plan: Plan, heads: Sequence[nn.Module | None], cr
 
     heads:     one module per hidden stage, None before a coupled cut; forward(features, signal, mask=None) gives
                (loss, next signal)
-    criterion: forward(*output leaves, target) gives (loss, target)
+    criterion: forward(*computed output leaves, target) gives (loss, target)
     """
     work = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -129,7 +129,8 @@ def _cross(work: fx.Graph, index: int, cut: Cut, by_name: dict[str, fx.Node]) ->
 def _criterion(work: fx.Graph, index: int, signal: fx.Node) -> fx.Node:
     (outputs,) = work.output_node().args
     assert isinstance(outputs, tuple)
-    called = work.call_module("criterion", (*outputs, signal))
+    computed = [leaf for leaf in outputs if isinstance(leaf, fx.Node)]  # the criterion knows the constants
+    called = work.call_module("criterion", (*computed, signal))
     loss = work.call_function(operator.getitem, (called, 0))
     for node in (called, loss):
         node.meta |= {STAGE: index, ROLE: "head"}

@@ -40,7 +40,7 @@ class HeadCost:
 
 def head_cost(objective: Objective, features: TensorSpec, signal: TensorSpec) -> HeadCost:
     """Build the objective's head on fake tensors and count one training step of it."""
-    with FakeTensorMode(), torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), FakeTensorMode(), torch.random.fork_rng(devices=[]):
         head = objective.head(features, signal)
         h = torch.empty(features.shape, dtype=dtype_from(features.dtype), requires_grad=True)
         target = torch.zeros(signal.shape, dtype=dtype_from(signal.dtype))
@@ -95,11 +95,30 @@ class _FakeRun:
         self.batch_symbols = _batch_symbols(graph)
 
     def measures(self) -> Mapping[str, Measure]:
-        with self.mode, torch.enable_grad(), flop_counter() as self.counter:
+        with torch.inference_mode(False), torch.enable_grad(), self.mode, flop_counter() as self.counter:
             self._enter()
             for position, node in enumerate(self.graph.operations):
                 self._run(position, node)
+        for node in self.measured.keys() - self._trained():  # nothing comes back to it: no backward
+            self.measured[node] = dataclasses.replace(self.measured[node], in_loss=False, backward_flops=())
         return {node.name: measure for node, measure in self.measured.items()}
+
+    def _trained(self) -> set[fx.Node]:
+        """The nodes to which a gradient of the outputs comes back."""
+        found = {leaf for leaf in self.graph.outputs if isinstance(leaf, fx.Node) and self._carries(leaf)}
+        memory = {storage for node in found for storage in self.measured[node].storages}
+        for node in reversed(self.graph.operations):
+            measure = self.measured[node]
+            if not (node in found or measure.writes & memory):
+                continue
+            found.add(node)
+            sources = [source for source in node.all_input_nodes if self._carries(source, measure.position)]
+            found.update(sources)
+            memory |= {storage for source in sources for storage in self.measured[source].storages}
+        return {node for node in found if self._carries(node)}
+
+    def _carries(self, node: fx.Node, position: int = 2**62) -> bool:
+        return self.measured[node].carries_gradient(position)
 
     def _enter(self) -> None:
         specs = {spec.name: spec for spec in self.graph.inputs}
@@ -131,8 +150,9 @@ class _FakeRun:
         self._propagate(writes, position, depends)
 
     def _depends(self, source: fx.Node, position: int) -> int:
-        trainable = source.op == "get_attr" and self.measured[source].gradient_since is not None
-        return position if trainable else self.measured[source].depends
+        if not self._carries(source, position):
+            return -1
+        return position if source.op == "get_attr" else self.measured[source].depends
 
     def _record(self, node: fx.Node, value: Any, position: int, writes: frozenset[int], **more: Any) -> None:
         self.values[node] = value
@@ -207,9 +227,10 @@ class _FakeRun:
 
 
 def _batch_symbols(graph: Graph) -> set[str]:
-    values = [node.meta.get("val") for node in graph.train.graph.find_nodes(op="placeholder")]
-    first = [value.shape[0] for value in values if isinstance(value, torch.Tensor) and value.ndim]
-    return {str(size) for size in first if isinstance(size, torch.SymInt)}
+    """What stands for the number of rows: the free sizes of the inputs that have the batch in front."""
+    batched = {spec.name for spec in graph.inputs if spec.batch_dim == 0}
+    nodes = [node for node in graph.train.graph.find_nodes(op="placeholder") if node.name in batched]
+    return {str(node.meta["val"].shape[0]) for node in nodes}
 
 
 def _call(module: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:

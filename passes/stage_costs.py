@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -50,9 +51,15 @@ class StageCosts:
                 first.setdefault(min(uses), []).append(parameters[name])
         return first
 
+    @cached_property
+    def trained(self) -> Counter[int]:
+        """How many parameters that the outputs train are first used at a position."""
+        uses = self.graph.parameter_uses()
+        return Counter(min(uses[name]) for name in self.graph.trained if uses.get(name))
+
     def most_stages(self) -> int:
-        """How many stages with a trainable parameter each: take every cut that closes one."""
-        used = sorted(self.first_uses)
+        """How many stages with something to train each: take every cut that closes one."""
+        used = sorted(self.trained)
         count, start = 0, 0
         for end in self.ends:
             if bisect_left(used, start) < bisect_right(used, end):
@@ -77,7 +84,7 @@ class StageCosts:
 
     @cached_property
     def _tables(self) -> tuple[torch.Tensor, ...]:
-        """(ends, starts) each: FLOPs after a detached cut, FLOPs after a coupled one, bytes, number of parameters.
+        """(ends, starts) each: FLOPs after a detached cut, FLOPs after a coupled one, bytes, parameters that are trained.
 
         One walk over the nodes keeps, for every start, what a stage that begins there has cost so far.
         """
@@ -88,7 +95,7 @@ class StageCosts:
             parameters = self.first_uses.get(position, [])
             everything = measure.forward_flops + sum(flops for _, flops in measure.backward_flops)
             weights = (2 + OPTIMIZER_STATES) * sum(map(_num_bytes, parameters))
-            added = [measure.forward_flops, everything, measure.activation_bytes + weights, len(parameters)]
+            added = [measure.forward_flops, everything, measure.activation_bytes + weights, self.trained[position]]
             if any(added):
                 sums[:, :begun] += torch.tensor(added, dtype=torch.int64)[:, None]
             for threshold, flops in measure.backward_flops:

@@ -7,6 +7,8 @@ user's own parameter objects and in-place operations, and leaves the batch dynam
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import linecache
 import os
 import traceback
@@ -21,7 +23,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from autodecouple.errors import InputError, TraceError
-from autodecouple.graph import Graph, device_of, dtype_name, spec_of
+from autodecouple.graph import Graph, device_of, dtype_name, is_free, spec_of
 from autodecouple.passes import verify
 from autodecouple.passes.recurrent import shape_only
 from autodecouple.plans import TensorSpec
@@ -34,14 +36,15 @@ def capture(model: nn.Module, example_inputs: Any) -> Graph:
 
     example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs; dimension 0 is the batch.
     Tensors on the meta device do: then nothing is computed, and the check is left out.
-    Raises TraceError, with the user's file:line and the ways out, where the model cannot be captured.
+    Raises TraceError, with the user's file:line and the ways out, where the model cannot be captured; what the model
+    itself raises on the example passes through.
     """
     args, kwargs = as_call(example_inputs)
     leaves, in_spec = pytree.tree_flatten((args, kwargs))
     if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
         raise InputError(f"example_inputs holds no tensor: {example_inputs!r}; pass one batch, like (x,)")
     real = not any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in leaves) and not _is_meta(model)
-    leaves = [_widen(leaf) for leaf in leaves]
+    leaves = _widen(leaves)
     with _neutral(), shape_only(), _mode(model, training=True):
         train, out_spec = _export(model, leaves, in_spec)
     inputs, constants, notes = _describe(train, leaves)
@@ -71,11 +74,19 @@ def _is_meta(model: nn.Module) -> bool:
     return device_of(model).type == "meta"
 
 
-def _widen(leaf: Any) -> Any:
-    """Two rows where there is one: export would take a batch of 1 for a constant."""
-    if isinstance(leaf, torch.Tensor) and leaf.ndim and leaf.shape[0] == 1:
-        return leaf.expand(2, *leaf.shape[1:]).clone() if not leaf.is_meta else leaf.new_empty(2, *leaf.shape[1:])
-    return leaf
+def _widen(leaves: list[Any]) -> list[Any]:
+    """Two rows where the batch has one: export would take a batch of 1 for a constant.
+
+    One row beside a larger batch is not widened: it broadcasts.
+    """
+    if _num_rows(leaves) != 1:
+        return leaves
+    return [torch.cat([x, x]) if isinstance(x, torch.Tensor) and x.ndim and len(x) == 1 else x for x in leaves]
+
+
+def _num_rows(leaves: list[Any]) -> int | None:
+    """Rows of the batch: those of the first tensor that has any."""
+    return next((len(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim), None)
 
 
 @contextlib.contextmanager
@@ -94,7 +105,7 @@ def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def _neutral() -> Iterator[None]:
     """Export in a neutral state: the caller's autocast and no_grad must not be baked into the graph."""
-    with warnings.catch_warnings(), torch.enable_grad(), contextlib.ExitStack() as stack:
+    with warnings.catch_warnings(), torch.inference_mode(False), torch.enable_grad(), contextlib.ExitStack() as stack:
         warnings.simplefilter("ignore")
         for kind in {"cpu", "cuda"} if torch.cuda.is_available() else {"cpu"}:
             stack.enter_context(torch.autocast(kind, enabled=False))
@@ -105,12 +116,14 @@ def _export(model: nn.Module, leaves: list[Any], in_spec: Any) -> tuple[fx.Graph
     leaves = _fake(leaves, device_of(model))
     args, kwargs = pytree.tree_unflatten(leaves, in_spec)
     dynamic = [{0: Dim.AUTO} if isinstance(leaf, torch.Tensor) and leaf.ndim else None for leaf in leaves]
-    shapes, named = pytree.tree_unflatten(dynamic, in_spec)
     try:
-        program = torch.export.export(
-            model, args, kwargs, dynamic_shapes=_by_parameter(model, shapes, named), strict=False
-        )
+        with _spelled_out(model, kwargs) as signature:
+            # the form that export wants: names as in the signature, *args and **kwargs under theirs
+            shapes, named = pytree.tree_unflatten(dynamic, in_spec)
+            by_name = dict(signature.bind(*shapes, **named).arguments)
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=by_name, strict=False)
     except Exception as error:
+        _try_original(model, args, kwargs)
         raise _explain(model, error) from error
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
@@ -128,25 +141,31 @@ def _fake(leaves: list[Any], device: torch.device) -> list[Any]:
         ]
 
 
-def _by_parameter(model: nn.Module, shapes: Any, named: dict[str, Any]) -> Any:
-    """Dynamic shapes in the form export wants: a tuple of positional ones, or a dict when names occur."""
-    if not named:
-        return tuple(shapes)
-    import inspect
+@contextlib.contextmanager
+def _spelled_out(model: nn.Module, kwargs: dict[str, Any]) -> Iterator[inspect.Signature]:
+    """The forward's signature; keyword inputs that its **kwargs catches become parameters for a while.
 
-    names = list(inspect.signature(model.forward).parameters)
-    return dict(zip(names, shapes, strict=False)) | _under_var_keyword(model, named)
+    torch 2.13 checks their dynamic shapes once below the name of **kwargs and once beside it: no form passes both.
+    """
+    signature = inspect.signature(model.forward)
+    known = list(signature.parameters.values())
+    extra = [name for name in kwargs if name not in signature.parameters]
+    if not extra or known[-1].kind is not inspect.Parameter.VAR_KEYWORD or "forward" in vars(model):
+        yield signature
+        return
+    added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in extra]
+    original = model.forward
 
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
 
-def _under_var_keyword(model: nn.Module, named: dict[str, Any]) -> dict[str, Any]:
-    """Keyword inputs that the forward takes by **kwargs stand under that name."""
-    import inspect
-
-    parameters = inspect.signature(model.forward).parameters
-    catch_all = next((p.name for p in parameters.values() if p.kind is p.VAR_KEYWORD), None)
-    extra = {name: shape for name, shape in named.items() if name not in parameters}
-    own = {name: shape for name, shape in named.items() if name in parameters}
-    return own | ({catch_all: extra} if catch_all and extra else extra)
+    forward.__signature__ = signature.replace(parameters=[*known[:-1], *added])  # type: ignore[attr-defined]
+    object.__setattr__(model, "forward", forward)
+    try:
+        yield inspect.signature(forward)
+    finally:
+        object.__delattr__(model, "forward")
 
 
 def _drop_checks(module: fx.GraphModule) -> None:
@@ -166,24 +185,33 @@ def _drop_checks(module: fx.GraphModule) -> None:
 
 
 def _describe(train: fx.GraphModule, leaves: list[Any]) -> tuple[tuple[TensorSpec, ...], dict[str, object], list[str]]:
-    """Input specs, inputs that are constants, and what to tell the user about them."""
-    specs: list[TensorSpec] = []
-    constants: dict[str, object] = {}
-    notes: list[str] = []
-    for node, leaf in zip(train.graph.find_nodes(op="placeholder"), leaves, strict=True):
-        if not isinstance(leaf, torch.Tensor):
-            constants[node.name] = leaf
-            continue
-        dynamic = leaf.ndim > 0 and not isinstance(node.meta["val"].shape[0], int)
-        spec = spec_of(node.name, leaf, 0 if dynamic else None)
-        assert spec is not None
-        specs.append(spec)
-        if leaf.ndim and not dynamic:
-            notes.append(
-                f"input {node.name!r} is fixed to {leaf.shape[0]} rows: the model uses its batch size as a number, so a"
-                " smaller last batch will be refused"
-            )
-    return tuple(specs), constants, notes
+    """Input specs, inputs that are constants, and what to tell the user about them.
+
+    The batch is the dimension 0 that all inputs share which are free and as long as the first of them; what is free
+    and of another length (a bank of keys) is kept to the length it has.
+    """
+    placeholders = train.graph.find_nodes(op="placeholder")
+    tensors = [(node, leaf) for node, leaf in zip(placeholders, leaves, strict=True) if isinstance(leaf, torch.Tensor)]
+    constants = {
+        node.name: leaf for node, leaf in zip(placeholders, leaves, strict=True) if not isinstance(leaf, torch.Tensor)
+    }
+    free = {node: len(leaf) for node, leaf in tensors if leaf.ndim and is_free(node.meta["val"].shape[0])}
+    batch = next(iter(free.values()), None)
+    specs = [spec_of(node.name, leaf, 0 if node in free and free[node] == batch else None) for node, leaf in tensors]
+    fixed = [(node.name, len(leaf)) for node, leaf in tensors if leaf.ndim and len(leaf) == _num_rows(leaves)]
+    notes = [
+        f"input {name!r} is fixed to {rows} rows: the model uses its batch size as a number, so a smaller last batch"
+        " will be refused"
+        for name, rows in fixed
+        if not free
+    ]
+    return tuple(spec for spec in specs if spec is not None), constants, notes
+
+
+def _try_original(model: nn.Module, args: Any, kwargs: Any) -> None:
+    """What stops the model itself is not the capture's: let it through, with its own type and traceback."""
+    with verify.preserved(model), verify.seeded(), torch.no_grad(), verify.own_errors(model):
+        model(*args, **kwargs)
 
 
 def _explain(model: nn.Module, error: Exception) -> TraceError:

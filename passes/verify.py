@@ -31,15 +31,9 @@ def matches_original(graph: Graph, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def untrained_parameters(graph: Graph) -> list[str]:
-    """Trainable parameters of the model that no output depends on: unused, or used for nothing."""
-    needed: set[fx.Node] = {leaf for leaf in graph.outputs if isinstance(leaf, fx.Node)}
-    storages = {s for node in needed for s in graph.measures[node.name].storages}
-    for node in reversed(graph.operations):
-        measure = graph.measures[node.name]
-        if node in needed or measure.writes & storages:
-            needed.update(node.all_input_nodes)
-            storages |= {s for source in node.all_input_nodes for s in graph.measures[source.name].storages}
-    reached = {id(attribute(graph.train, node)) for node in needed if node.op == "get_attr"}
+    """Trainable parameters of the model that no gradient of its outputs reaches: unused, detached, used for nothing."""
+    nodes = graph.train.graph.find_nodes(op="get_attr")
+    reached = {id(attribute(graph.train, node)) for node in nodes if str(node.target) in graph.trained}
     return [name for name, p in graph.model.named_parameters() if p.requires_grad and id(p) not in reached]
 
 
@@ -56,14 +50,26 @@ def stages_fit(codes: Sequence[StageCode], plan: Plan) -> None:
 def _run(model: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> Any:
     args, kwargs = pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, (args, kwargs))
     flags = {m: m.training for m in model.modules()}
-    with preserved(model), torch.no_grad() if not training else torch.enable_grad(), seeded():
+    # With gradients also in evaluation: without them nn.TransformerEncoder takes a kernel that fills padding with zeros.
+    with preserved(model), torch.enable_grad(), seeded():
         try:
             if not training or not model.training:
                 model.train(training)
-            return module(*args, **kwargs)
+            with own_errors(model) if module is model else contextlib.nullcontext():
+                return module(*args, **kwargs)
         finally:
             for m, flag in flags.items():
                 m.training = flag
+
+
+@contextlib.contextmanager
+def own_errors(model: nn.Module) -> Iterator[None]:
+    """Say of what the original raises that it was the original."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"raised by {type(model).__name__} itself, run as it is on the example inputs")
+        raise
 
 
 @contextlib.contextmanager

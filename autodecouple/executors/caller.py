@@ -45,6 +45,11 @@ class Caller:
             stack.enter_context(torch.enable_grad())
             for kind, dtype in self.autocast:
                 stack.enter_context(torch.autocast(kind, dtype, cache_enabled=self.cache_enabled))
+            if self.autocast:
+                # Weights once cast are remembered until the outermost autocast is left. Where that is the caller's,
+                # around the whole loop, they would go stale with the first update.
+                torch.clear_autocast_cache()
+                stack.callback(torch.clear_autocast_cache)
             if self.device is not None:
                 stack.enter_context(self.device)
             if self.hooks is not None:

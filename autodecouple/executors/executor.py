@@ -30,21 +30,30 @@ class Executor(Protocol):
         """Wait until every job is done; raises the first error."""
         ...
 
-    def close(self, *, abort: bool = False) -> None:
-        """End workers; `abort` drops jobs that are still running."""
+    def close(self, *, abort: bool = False, wait: bool = True) -> None:
+        """End workers; `abort` drops jobs that are still running, `wait=False` returns before they have ended."""
         ...
 
 
 class Programs:
-    """The programs of a schedule on a plan, made once per number of micro-batches: a small batch has fewer."""
+    """The programs of a schedule on a plan, made once per number of micro-batches: a small batch has fewer.
 
-    def __init__(self, plan: Plan, schedule: Schedule) -> None:
+    smallest: rows that a micro-batch must have
+    """
+
+    def __init__(self, plan: Plan, schedule: Schedule, smallest: int = 1) -> None:
         self.plan = plan
         self.schedule = schedule
+        self.smallest = smallest
         self._made: dict[int, Program] = {}
 
+    @property
+    def full(self) -> Program:
+        """The program of a batch with rows for all micro-batches."""
+        return self.for_rows(self.schedule.num_micro_batches * self.smallest)
+
     def for_rows(self, rows: int) -> Program:
-        count = min(self.schedule.num_micro_batches, rows)
+        count = max(1, min(self.schedule.num_micro_batches, rows // self.smallest))
         if count not in self._made:
             schedule = self.schedule
             if count != schedule.num_micro_batches:

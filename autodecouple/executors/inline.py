@@ -32,7 +32,7 @@ class Inline:
                     self._recorder.perform(job, action, stage, self._queues[stage.device], 0)
                     job.done.add(action)
         except BaseException as error:
-            job.discard(self._stages)
+            job.discard(self._stages, self._queues)
             job.error = error
             raise
         finally:
@@ -43,7 +43,7 @@ class Inline:
     def synchronize(self) -> None:
         return None
 
-    def close(self, *, abort: bool = False) -> None:
+    def close(self, *, abort: bool = False, wait: bool = True) -> None:
         return None
 
     @property

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
 from autodecouple.executors.caller import Caller
-from autodecouple.executors.transport import Parcel, Queue, pack_from_caller
+from autodecouple.executors.transport import Parcel, Queue, Queues, lend_to_caller, pack_from_caller
 from autodecouple.plans import Plan
 from autodecouple.randomness import Randomness
 from autodecouple.schedules.actions import Action, Op
@@ -21,10 +21,21 @@ from autodecouple.stage import Stage, Values, Work
 class Job:
     """A batch: its program, the values in transit between its stages, and its results.
 
-    inputs: the graph's input values by name; target: what the last signal compares with; rows: of the batch
+    inputs: the graph's input values by name; target: what the last signal compares with; rows: of the batch;
+    written: inputs that the model writes into, and that are copied: the caller's own would change at some later time
     """
 
-    def __init__(self, index: int, program: Program, plan: Plan, inputs: Values, target: Any, rows: int, seed: int):
+    def __init__(
+        self,
+        index: int,
+        program: Program,
+        plan: Plan,
+        inputs: Values,
+        target: Any,
+        rows: int,
+        seed: int,
+        written: Collection[str] = (),
+    ):
         self.index = index
         self.program = program
         self.plan = plan
@@ -32,22 +43,31 @@ class Job:
         self.rows = rows
         self.caller = Caller.current()
         self.done: set[Action] = set()
-        self.work = [Work(rows) for _ in plan.stages]
+        self._sizes = _sizes(rows, program.schedule.num_micro_batches)
+        self.work = [Work(self._sizes) for _ in plan.stages]
         self.losses: list[torch.Tensor | None] = [None] * len(plan.stages)
         self.ends: list[Parcel] = []  # complete when the devices have done what the lanes queued
         self.error: BaseException | None = None
         self.finished = threading.Event()
+        lanes = range(len(program.lanes))
+        self.to_take, self.to_leave = set(lanes), set(lanes)  # which lanes have still to begin it, and to end it
         self._parcels: dict[tuple[str, int, int | None], Parcel] = {}
-        self._target = pack_from_caller(target)
-        self._sizes = _sizes(rows, program.schedule.num_micro_batches)
-        self._post_inputs(inputs)
+        self._devices = {torch.device(stage.device) for stage in plan.stages}
+        self._parcels["target", 0, None] = pack_from_caller(target, self._devices)
+        self._post_inputs(inputs, written)
 
-    def _post_inputs(self, inputs: Values) -> None:
+    def _post_inputs(self, inputs: Values, written: Collection[str]) -> None:
         """The first stage is sent the model's inputs, micro-batch by micro-batch."""
-        parts = {name: _split(value, self.rows, self._sizes) for name, value in inputs.items()}
+        batched = {spec.name for spec in self.plan.inputs if spec.batch_dim == 0}
+        count = len(self._sizes)
+        parts = {
+            name: _split(value, self.rows, self._sizes) if name in batched else [value] * count
+            for name, value in inputs.items()
+        }
         for micro_batch in range(len(self._sizes)):
             values = {name: split[micro_batch] for name, split in parts.items()}
-            self._parcels["activations", 0, micro_batch] = pack_from_caller(values)
+            values |= {name: values[name].clone() for name in written}
+            self._parcels["activations", 0, micro_batch] = pack_from_caller(values, self._devices)
 
     def perform(self, action: Action, stage: Stage, queue: Queue) -> None:
         """Run one action; its dependencies must be done."""
@@ -73,31 +93,36 @@ class Job:
         source = self.plan.signal_source(stage)
         if source is not None:
             return queue.receive(self._parcels["signal", source, micro_batch])
-        target = queue.receive(self._target)
+        target = queue.receive(self._parcels["target", 0, None])
         return target if micro_batch is None else _split(target, self.rows, self._sizes)[micro_batch]
 
     def _backward(self, action: Action, stage: Stage, queue: Queue) -> None:
         micro_batch = _number(action)
         parcel = self._parcels.pop(("gradient", stage.index, micro_batch), None)
         gradient = queue.receive(parcel) if parcel is not None else None
+        queue.keep(self.work[stage.index].passages[micro_batch].values)
         sent = stage.backward(self.work[stage.index], micro_batch, gradient)
         if sent is not None:
             self._parcels["gradient", stage.index - 1, micro_batch] = queue.send(sent)
 
     def _update(self, action: Action, stage: Stage, queue: Queue) -> None:
-        self.losses[stage.index] = stage.update(self.work[stage.index])
+        self.losses[stage.index] = stage.update(self.work[stage.index], self.work[stage.loss_stage])
 
     def is_done(self, requirement: Action) -> bool:
         return all(action in self.done for action in self.program.expand(requirement))
 
-    def discard(self, stages: Sequence[Stage]) -> None:
+    def discard(self, stages: Sequence[Stage], queues: Queues) -> None:
         """Bring stages back to where they were before this batch."""
         for stage in stages:
             if Action(stage.index, Op.UPDATE) not in self.done:
-                stage.discard(self.work[stage.index])
+                with queues[stage.device].entered():
+                    stage.discard(self.work[stage.index])
 
     def finish(self) -> None:
         self._parcels.clear()
+        for work in self.work:  # a caller may keep the step for its losses and output
+            work.passages.clear()
+            work.before = None
         self.finished.set()
 
     def outputs(self, batch_dims: Sequence[int | None]) -> tuple[Any, ...]:
@@ -139,18 +164,18 @@ class Step:
     def output(self) -> Any:
         """The model's output in training mode, in its own structure."""
         self._wait()
-        return self._unflatten(self._job)
+        return lend_to_caller(self._unflatten(self._job))
 
     def _wait(self) -> None:
         self._job.finished.wait()
         if self._job.error is not None:
             raise self._job.error
         for end in self._job.ends:
-            if end.event is not None:
-                end.event.synchronize()
+            for event in end.events:
+                event.synchronize()
 
     def __repr__(self) -> str:
-        state = "failed" if self._job.error else "done" if self._job.finished.is_set() else "running"
+        state = "failed" if self._job.error is not None else "done" if self._job.finished.is_set() else "running"
         return f"Step(batch={self.batch}, {state})"
 
 

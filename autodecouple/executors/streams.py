@@ -7,10 +7,12 @@ between lanes are bounded by those rules, too: a stage is at most `queue_depth` 
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import os
 import threading
-from collections import deque
+import time
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -25,12 +27,15 @@ from autodecouple.schedules.program import Program
 from autodecouple.stage import Stage
 from autodecouple.timeline import Timeline
 
+SECONDS_AT_EXIT = 10.0
+"""How long a process that ends without close() waits for the actions under way."""
+
 
 class Streams:
     """Runs jobs on one worker per lane; `submit` returns as soon as the first lane has room."""
 
     def __init__(self, stages: Sequence[Stage], program: Program, num_threads: int) -> None:
-        self._board = _Board(program.plan, len(program.lanes))
+        self._board = _Board(program.plan)
         self._recorder = Recorder(len(program.lanes))
         self._queues = [make_queues(stages_of_lane(program, lane, stages)) for lane in range(len(program.lanes))]
         self._pid = os.getpid()
@@ -45,6 +50,7 @@ class Streams:
         ]
         for worker in self._workers:
             worker.start()
+        _running.add(self)
 
     def submit(self, job: Job) -> None:
         self._check_process()
@@ -56,7 +62,7 @@ class Streams:
         for queue in itertools.chain.from_iterable(queues.values() for queues in self._queues):
             queue.synchronize()
 
-    def close(self, *, abort: bool = False) -> None:
+    def close(self, *, abort: bool = False, wait: bool = True) -> None:
         if self._pid != os.getpid():
             return  # the workers live in the parent
         try:
@@ -64,9 +70,14 @@ class Streams:
                 self.synchronize()
         finally:
             self._board.close()
-            for worker in self._workers:
-                if worker is not threading.current_thread():
-                    worker.join()
+            if wait:
+                self.join()
+
+    def join(self, seconds: float | None = None) -> None:
+        """Wait for the workers to end, which they do once closed."""
+        stop = None if seconds is None else time.monotonic() + seconds
+        for worker in self._workers:
+            worker.join(None if stop is None else max(0.0, stop - time.monotonic()))
 
     @property
     def timeline(self) -> Timeline:
@@ -79,6 +90,19 @@ class Streams:
             )
 
 
+_running: weakref.WeakSet[Streams] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    """Let no worker be inside an operator when the interpreter goes down: that would abort the process."""
+    running = list(_running)
+    for executor in running:
+        executor.close(abort=True, wait=False)
+    for executor in running:
+        executor.join(SECONDS_AT_EXIT / len(running))
+
+
 def _work(
     lane: int, board: _Board, stages: Sequence[Stage], queues: Queues, recorder: Recorder, num_threads: int
 ) -> None:
@@ -86,30 +110,42 @@ def _work(
     torch.set_num_threads(num_threads)
     while (job := board.next(lane)) is not None:
         own = stages_of_lane(job.program, lane, stages)
+        ends: list[Parcel] = []
         try:
-            for action in job.program.lanes[lane]:
-                if not board.wait(job, action):
-                    job.discard(own)
-                    break
-                stage = stages[action.stage]
-                recorder.perform(job, action, stage, queues[stage.device], lane)
-                board.mark(job, action)
-        except BaseException as error:  # SystemExit and KeyboardInterrupt too: nothing may hang
-            job.discard(own)
+            try:
+                _run(lane, board, job, stages, queues, recorder)
+            except BaseException as error:  # SystemExit and KeyboardInterrupt too: nothing may hang
+                board.fail(job, error)
+            job.discard(own, queues)
+            ends = [queue.send(()) for queue in queues.values()]
+        except BaseException as error:  # of a device that is lost; the caller still gets an answer
             board.fail(job, error)
-        board.leave(job, [queue.send(()) for queue in queues.values()])
-        del job
+        board.leave(job, lane, ends)
+        del job, own
+
+
+def _run(lane: int, board: _Board, job: Job, stages: Sequence[Stage], queues: Queues, recorder: Recorder) -> None:
+    """One lane's part of a batch, up to where it is dropped."""
+    for action in job.program.lanes[lane]:
+        if not board.wait(job, action):
+            return
+        stage = stages[action.stage]
+        recorder.perform(job, action, stage, queues[stage.device], lane)
+        board.mark(job, action)
 
 
 class _Board:
-    """What is done, and who waits for it; all under one condition."""
+    """What is done, and who waits for it; all under one lock.
 
-    def __init__(self, plan: Plan, num_lanes: int) -> None:
+    Ctrl-C may leave the caller's side at any instruction: every change it makes is a single one, and whoever waits
+    wakes the workers up first.
+    """
+
+    def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._changed = threading.Condition()
-        self._inboxes: list[deque[Job]] = [deque() for _ in range(num_lanes)]
+        self._lock = threading.RLock()  # `with` takes it in one instruction; that of a Condition runs Python code
+        self._changed = threading.Condition(self._lock)
         self._jobs: dict[int, Job] = {}  # by index, until every lane has left them
-        self._lanes_left: dict[int, int] = {}
         self._error: BaseException | None = None
         self._failed_at: int | None = None  # jobs from here on are dropped
         self._closed = False
@@ -119,23 +155,22 @@ class _Board:
     def submit(self, job: Job) -> None:
         """Post a job once the first stage has room for it."""
         depth = job.program.schedule.queue_depth
-        with self._changed:
-            self._check_open()
-            self._changed.wait_for(lambda: self._error is not None or self._is_taken(job.index - depth))
+        with self._lock:
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._closed or self._error is not None or self._is_taken(job.index - depth))
             self._raise_error()
+            self._check_open()
             self._jobs[job.index] = job
-            self._lanes_left[job.index] = len(self._inboxes)
-            for inbox in self._inboxes:
-                inbox.append(job)
             self._changed.notify_all()
 
     def drain(self) -> None:
-        with self._changed:
+        with self._lock:
+            self._changed.notify_all()
             self._changed.wait_for(lambda: not self._jobs)
             self._raise_error()
 
     def close(self) -> None:
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._changed.notify_all()
 
@@ -153,20 +188,28 @@ class _Board:
             return
         self._changed.wait_for(lambda: not self._jobs)
         error, self._error, self._failed_at = self._error, None, None
-        raise error
+        try:
+            raise error
+        finally:
+            del error  # it holds this frame, and the frame would hold it
 
     # ---------------------------------------------------------------- the workers' side
 
     def next(self, lane: int) -> Job | None:
         """The oldest job that the lane has not run, None when closed and none is left."""
-        inbox = self._inboxes[lane]
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or inbox)
-            return inbox.popleft() if inbox else None
+        with self._lock:
+            self._changed.wait_for(lambda: self._closed or self._untaken(lane) is not None)
+            job = self._untaken(lane)
+            if job is not None:
+                job.to_take.remove(lane)
+            return job
+
+    def _untaken(self, lane: int) -> Job | None:
+        return next((job for job in self._jobs.values() if lane in job.to_take), None)
 
     def wait(self, job: Job, action: Action) -> bool:
         """Wait until the action may start; False if its job is dropped."""
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(lambda: self._is_dropped(job) or self._may_start(job, action))
             return not self._is_dropped(job)
 
@@ -184,26 +227,27 @@ class _Board:
         return job is None or job.is_done(needed)
 
     def mark(self, job: Job, action: Action) -> None:
-        with self._changed:
+        with self._lock:
             job.done.add(action)
             self._changed.notify_all()
 
     def fail(self, job: Job, error: BaseException) -> None:
-        """The first error counts; older jobs go on to their end, this one and younger ones are dropped."""
-        with self._changed:
-            if self._error is None:
-                self._error = error
-            self._failed_at = job.index if self._failed_at is None else min(self._failed_at, job.index)
+        """The oldest failed job's error counts; it and younger jobs are dropped, older ones go on to their end."""
+        with self._lock:
+            job.error = error if job.error is None else job.error
+            if self._failed_at is None or job.index < self._failed_at:
+                self._error, self._failed_at = error, job.index
             self._changed.notify_all()
 
-    def leave(self, job: Job, ends: list[Parcel]) -> None:
+    def leave(self, job: Job, lane: int, ends: list[Parcel]) -> None:
         """A lane has done with a job, as soon as `ends` are complete; the last one to leave finishes it."""
-        with self._changed:
+        with self._lock:
             job.ends += ends
-            self._lanes_left[job.index] -= 1
-            if self._lanes_left[job.index] == 0:
-                del self._lanes_left[job.index], self._jobs[job.index]
-                if len(job.done) < len(job.program.actions):
-                    job.error = self._error or ClosedError(f"batch {job.index} was dropped: the pipeline was closed")
+            job.to_leave.remove(lane)
+            if not job.to_leave:
+                del self._jobs[job.index]
+                if job.error is None and len(job.done) < len(job.program.actions):
+                    closed = ClosedError(f"batch {job.index} was dropped: the pipeline was closed")
+                    job.error = closed if self._error is None else self._error
                 job.finish()
             self._changed.notify_all()

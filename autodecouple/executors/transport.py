@@ -25,15 +25,15 @@ from autodecouple.stage import Stage
 
 @dataclass(frozen=True)
 class Parcel:
-    """Values in transit: the versions they were sent at, and the event after which they are complete."""
+    """Values in transit: the versions they were sent at, and the events after which they are complete."""
 
     values: Any
     versions: tuple[int, ...]
-    event: torch.cuda.Event | None = None
+    events: tuple[torch.cuda.Event, ...] = ()
 
 
-def pack(values: Any, event: torch.cuda.Event | None = None) -> Parcel:
-    return Parcel(values, _versions(values), event)
+def pack(values: Any, *events: torch.cuda.Event) -> Parcel:
+    return Parcel(values, _versions(values), events)
 
 
 def check_unchanged(parcel: Parcel) -> None:
@@ -58,6 +58,7 @@ class Queue(Protocol):
     def entered(self) -> contextlib.AbstractContextManager[None]: ...
     def send(self, values: Any) -> Parcel: ...
     def receive(self, parcel: Parcel) -> Any: ...
+    def keep(self, values: Any) -> None: ...
     def mark(self) -> Any: ...
     def seconds(self, mark: Any) -> float: ...
     def synchronize(self) -> None: ...
@@ -78,9 +79,12 @@ class CpuQueue:
 
     def receive(self, parcel: Parcel) -> Any:
         check_unchanged(parcel)
-        if parcel.event is not None:
-            parcel.event.synchronize()  # from a GPU: the copy below must find complete values
+        for event in parcel.events:
+            event.synchronize()  # from a GPU: the copy below must find complete values
         return _moved(parcel.values, self.device)
+
+    def keep(self, values: Any) -> None:
+        return None
 
     def mark(self) -> float:
         return time.perf_counter()
@@ -119,10 +123,18 @@ class CudaQueue:
 
     def receive(self, parcel: Parcel) -> Any:
         check_unchanged(parcel)
-        if parcel.event is not None:
-            self.stream.wait_event(parcel.event)
-        self._reading.append(parcel.values)
+        for event in parcel.events:
+            self.stream.wait_event(event)
+        self.keep(parcel.values)
         return _moved(parcel.values, self.device)
+
+    def keep(self, values: Any) -> None:
+        """Values of another stream that the work queued now reads, or of one that the host is about to drop.
+
+        Autograd drops what it saved as soon as the host has queued a backward. The memory then goes back to the stream
+        it came from, which would fill it anew while this one still reads it.
+        """
+        self._reading.append(values)
 
     def _settle(self) -> None:
         """Free what has been read; wait only when the host is too far ahead."""
@@ -157,14 +169,28 @@ def make_queues(stages: Iterable[Stage]) -> Queues:
     return {device: CudaQueue(device) if device.type == "cuda" else CpuQueue(device) for device in devices}
 
 
-def pack_from_caller(values: Any) -> Parcel:
-    """Values of the caller: complete when what the caller's own stream has queued so far is done."""
-    on_gpu = next((t for t in pytree.tree_leaves(values) if isinstance(t, torch.Tensor) and t.is_cuda), None)
-    if on_gpu is None:
-        return pack(values)
-    event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(on_gpu.device))
-    return pack(values, event)
+def pack_from_caller(values: Any, devices: Iterable[torch.device]) -> Parcel:
+    """Values of the caller, to be read when what the caller's own streams have queued so far is done.
+
+    devices: of all stages. Also where the values are on the CPU: an evaluation that the caller queued just before may
+    still be reading the parameters that this batch will update.
+    """
+    own = {leaf.device for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)}
+    events = []
+    for device in {*own, *devices}:
+        if device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(device))
+            events.append(event)
+    return pack(values, *events)
+
+
+def lend_to_caller(values: Any) -> Any:
+    """The same values, their memory not used again before the caller's stream has done with them."""
+    for leaf in pytree.tree_leaves(values):
+        if isinstance(leaf, torch.Tensor) and leaf.is_cuda:
+            leaf.record_stream(torch.cuda.current_stream(leaf.device))
+    return values
 
 
 def _moved(values: Any, device: torch.device) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,23 +18,39 @@ class Criterion(nn.Module):
 
     criterion: callable (output, target) -> scalar; None is cross-entropy on the logits, that is on the output itself
                or on its entry `logits`, or else its only floating point tensor
+    constants: the flat outputs, by position, that the model does not compute: None, numbers, ...
     """
 
-    def __init__(self, criterion: Callable[[Any, Any], torch.Tensor] | None, out_spec: Any) -> None:
+    def __init__(
+        self,
+        criterion: Callable[[Any, Any], torch.Tensor] | None,
+        out_spec: Any,
+        constants: Mapping[int, Any] = MappingProxyType({}),
+    ) -> None:
         super().__init__()
         self.own = criterion is not None
         self.criterion: Callable[[Any, Any], torch.Tensor] = (
             criterion if criterion is not None else nn.CrossEntropyLoss()
         )
         self.out_spec = out_spec
+        self.constants = dict(constants)
 
     def forward(self, *outputs_and_target: Any) -> tuple[torch.Tensor, Any]:
-        *leaves, target = outputs_and_target
-        output = pytree.tree_unflatten(leaves, self.out_spec)
+        *computed, target = outputs_and_target
+        return self.compare(self.unflatten(computed), target), target
+
+    def unflatten(self, computed: Iterable[Any]) -> Any:
+        """The model's output in its own structure, from the tensors that it computes."""
+        found, count = iter(computed), self.out_spec.num_leaves
+        leaves = [self.constants[i] if i in self.constants else next(found) for i in range(count)]
+        return pytree.tree_unflatten(leaves, self.out_spec)
+
+    def compare(self, output: Any, target: Any) -> torch.Tensor:
+        """The loss; raises InputError if that is no scalar."""
         loss = self.criterion(output if self.own else _logits(output), target)
         if not isinstance(loss, torch.Tensor) or loss.ndim != 0:
             raise InputError(f"the criterion must return a scalar tensor, but returned {_describe(loss)}")
-        return loss, target
+        return loss
 
 
 def _logits(output: Any) -> torch.Tensor:

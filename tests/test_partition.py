@@ -1,0 +1,464 @@
+"""Cuts and lanes: the optimum by dynamic programming is the optimum by trying everything."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from autodecouple.errors import AutodecoupleError, CutError, InputError, PartitionError
+from autodecouple.graph import Graph, attribute
+from autodecouple.objectives import EarlyExit, Objective, SupCon
+from autodecouple.objectives.backprop import Backprop
+from autodecouple.passes.candidates import Candidate
+from autodecouple.passes.partition import Problem, choose_cuts, find_classifier, minimise_slowest
+from autodecouple.passes.place import assign_lanes, default_devices
+from autodecouple.passes.stage_costs import FORBIDDEN
+from autodecouple.pipeline import analyse
+from autodecouple.plans import Plan
+from graph_strategies import Program, programs
+from plan_strategies import make_plan
+
+SWEEP = settings(max_examples=6, suppress_health_check=list(HealthCheck))
+SLOW = settings(max_examples=60, suppress_health_check=list(HealthCheck))
+OBJECTIVES: tuple[Objective, ...] = (SupCon(hidden=8, out=4), SupCon(hidden=32, out=4), EarlyExit(hidden=8), Backprop())
+
+
+# --- the dynamic programme, on tables ---------------------------------------------------------------------------------
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    """Tables of whole numbers, small ones so that many plans tie; some stages are not allowed."""
+    cuts, stages = draw(st.integers(0, 6)), draw(st.integers(1, 5))
+    entry = st.one_of(st.integers(0, 5), st.integers(0, 5), st.just(FORBIDDEN))
+    tables = [draw(st.lists(entry, min_size=(cuts + 1) ** 2, max_size=(cuts + 1) ** 2)) for _ in range(stages)]
+    body = tuple(torch.tensor(table, dtype=torch.int64).view(cuts + 1, cuts + 1) for table in tables)
+    for table in body:  # an end before its start is no stage
+        table[torch.arange(cuts + 1)[:, None] < torch.arange(cuts + 1)[None, :]] = FORBIDDEN
+    return Problem(body, tuple(draw(st.lists(st.integers(0, 9), min_size=cuts, max_size=cuts))))
+
+
+def slowest(problem: Problem, cuts: Sequence[int]) -> int:
+    starts, ends = [0, *(cut + 1 for cut in cuts)], [*cuts, len(problem.preference)]
+    return max(int(table[e, b]) for table, b, e in zip(problem.body, starts, ends, strict=True))
+
+
+@settings(max_examples=400)
+@given(problems())
+def test_the_dynamic_programme_is_brute_force(problem: Problem) -> None:
+    """Law 6: the smallest slowest stage; among those, the smallest sum of preferences; None where nothing is allowed."""
+    choices = itertools.combinations(range(len(problem.preference)), len(problem.body) - 1)
+    values = [(slowest(problem, cuts), sum(problem.preference[cut] for cut in cuts)) for cuts in choices]
+    best = min(values, default=(FORBIDDEN, 0))
+    found = minimise_slowest(problem)
+    if best[0] >= FORBIDDEN:
+        assert found is None
+        return
+    assert found is not None
+    assert list(found) == sorted(set(found))
+    assert (slowest(problem, found), sum(problem.preference[cut] for cut in found)) == best
+
+
+# --- on graphs --------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _head_flops(objective: Objective, shape: tuple[int, ...], batch_dim: int, classes: int | None) -> tuple[int, int]:
+    """(FLOPs of a training step, bytes of the weights) of a head that really runs."""
+    from autodecouple.plans import TensorSpec
+
+    rows = shape[batch_dim]
+    head = objective.head(
+        TensorSpec("f", shape, "float32", batch_dim), TensorSpec("y", (rows,), "int64", 0, classes)
+    )
+    features = torch.randn(shape, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        head(features, torch.arange(rows) % (classes or 2))[0].backward()
+    return counter.get_total_flops(), sum(4 * p.numel() for p in head.parameters())
+
+
+class Costs:
+    """Stage costs from their definition: for each combination of cuts, add up its nodes one by one."""
+
+    def __init__(self, graph: Graph, candidates: tuple[Candidate, ...]) -> None:
+        self.graph = graph
+        self.legal = [c for c in candidates if c.cut is not None]
+        self.operations = graph.operations
+        self.trained = {name: min(uses) for name, uses in graph.parameter_uses().items() if uses}
+
+    def head(self, candidate: Candidate, objective: Objective) -> tuple[int, int]:
+        assert candidate.cut is not None
+        if objective.name == "bp":
+            return 0, 0
+        spec = candidate.cut.spec(candidate.cut.features)
+        assert spec.batch_dim is not None
+        return _head_flops(objective, spec.shape, spec.batch_dim, self.graph.num_classes)
+
+    def stages(self, cuts: Sequence[int], objectives: Sequence[Objective]) -> list[tuple[int, int, int]]:
+        """(FLOPs, bytes, parameters that are trained) per stage."""
+        ends = [*(self.legal[cut].position + 1 for cut in cuts), len(self.operations)]
+        return [self._stage(k, cuts, objectives, b, e) for k, (b, e) in enumerate(itertools.pairwise([0, *ends]))]
+
+    def _stage(
+        self, k: int, cuts: Sequence[int], objectives: Sequence[Objective], begin: int, end: int
+    ) -> tuple[int, int, int]:
+        measures = [self.graph.measures[node.name] for node in self.operations[begin:end]]
+        coupled = k > 0 and objectives[k - 1].name == "bp"
+        head, weights = self.head(self.legal[cuts[k]], objectives[k]) if k < len(cuts) else (0, 0)
+        backward = sum(f for m in measures for threshold, f in m.backward_flops if coupled or threshold >= begin)
+        own = [name for name, first in self.trained.items() if begin <= first < end]
+        weights += sum(attribute_bytes(self.graph, name) for name in own)
+        memory = 4 * weights + sum(m.activation_bytes for m in measures)
+        trained = len([name for name in own if name in self.graph.trained])
+        return sum(m.forward_flops for m in measures) + backward + head, memory, trained
+
+    def preference(self, cuts: Sequence[int]) -> tuple[int, int]:
+        """Module boundaries first, the outermost best; then fewer bytes: compared as the sum over the cuts."""
+        depth = moved = 0
+        for cut in cuts:
+            found = self.legal[cut].cut
+            assert found is not None
+            depth += min(16, found.module.count(".") + 1) if found.module else 16
+            moved += sum(spec.num_bytes for spec in found.crossing)
+        return depth, moved
+
+    def best(self, n_stages: int, objectives: Sequence[Objective], limit: int | None = None) -> Any:
+        """(slowest, preference) of the best plan, None if there is none."""
+        found = []
+        for cuts in itertools.combinations(range(len(self.legal)), n_stages - 1):
+            stages = self.stages(cuts, objectives)
+            if all(trained for _, _, trained in stages) and all(limit is None or m <= limit for _, m, _ in stages):
+                found.append((max(flops for flops, _, _ in stages), self.preference(cuts)))
+        return min(found, default=None)
+
+    def value(self, plan: Plan, objectives: Sequence[Objective]) -> Any:
+        nodes = [candidate.node for candidate in self.legal]
+        cuts = [nodes.index(cut.after) for cut in plan.cuts]
+        return max(flops for flops, _, _ in self.stages(cuts, objectives)), self.preference(cuts)
+
+
+def attribute_bytes(graph: Graph, name: str) -> int:
+    node = next(n for n in graph.train.graph.find_nodes(op="get_attr") if str(n.target) == name)
+    value = attribute(graph.train, node)
+    return int(value.numel() * value.element_size())
+
+
+def check_optimal(program: Program, n_stages: int, picks: list[int], limited: float | None) -> None:
+    graph, candidates = analyse(program.model(), program.inputs())
+    costs = Costs(graph, candidates)
+    assume(len(costs.legal) <= 14)
+    objectives = [OBJECTIVES[pick] for pick in picks[: n_stages - 1]]
+    limit = None
+    if limited is not None:  # between what the best plan takes and nothing
+        everything = costs.stages((), ())[0][1]
+        limit = round(limited * everything)
+    best = costs.best(n_stages, objectives, limit)
+    if best is None:
+        with pytest.raises(PartitionError):
+            choose_cuts(graph, candidates, n_stages, objectives, memory_limit=limit)
+        return
+    plan = choose_cuts(graph, candidates, n_stages, objectives, memory_limit=limit)
+    assert costs.value(plan, objectives) == best
+    assert max(stage.flops for stage in plan.stages) == best[0], "the plan says what it costs"
+    assert limit is None or all(stage.memory_bytes <= limit for stage in plan.stages)
+    assert [cut.detached for cut in plan.cuts] == [objective.name != "bp" for objective in objectives]
+
+
+wishes = (
+    programs(max_steps=12),
+    st.integers(1, 4),
+    st.lists(st.integers(0, len(OBJECTIVES) - 1), min_size=3, max_size=3),
+    st.one_of(st.none(), st.floats(0.2, 1.2)),
+)
+
+
+@SWEEP
+@given(*wishes)
+def test_cuts_are_optimal(program: Program, n_stages: int, picks: list[int], limited: float | None) -> None:
+    """Law 6 on real graphs, with heads, coupled cuts and memory limits; ties go to module boundaries, then to bytes."""
+    check_optimal(program, n_stages, picks, limited)
+
+
+@pytest.mark.slow
+@SLOW
+@given(*wishes)
+def test_cuts_are_optimal_for_many(program: Program, n_stages: int, picks: list[int], limited: float | None) -> None:
+    check_optimal(program, n_stages, picks, limited)
+
+
+def check_most(program: Program) -> None:
+    graph, candidates = analyse(program.model(), program.inputs())
+    message = _refused(graph, candidates, 1000)
+    most = int(message.split("at most ")[1].split(" ")[0])
+    plan = choose_cuts(graph, candidates, most, [SupCon()] * (most - 1))
+    assert len(plan.stages) == most
+    for spec in plan.stages:
+        nodes = set(spec.nodes)
+        used = [n for n in graph.train.graph.find_nodes(op="get_attr") if {u.name for u in n.users} & nodes]
+        assert {str(node.target) for node in used} & graph.trained, "every stage has something to train"
+    assert f"at most {most} stages" in _refused(graph, candidates, most + 1)
+    assert all(repr(c.node) in message for c in candidates if c.cut is not None)
+
+
+def _refused(graph: Graph, candidates: tuple[Candidate, ...], n_stages: int) -> str:
+    with pytest.raises(PartitionError) as caught:
+        choose_cuts(graph, candidates, n_stages, [SupCon()] * (n_stages - 1))
+    return str(caught.value)
+
+
+@SWEEP
+@given(programs())
+def test_the_largest_number_of_stages_can_be_reached(program: Program) -> None:
+    """What the error offers must work, and one more must not."""
+    check_most(program)
+
+
+@pytest.mark.slow
+@SLOW
+@given(programs())
+def test_the_largest_number_of_stages_can_be_reached_for_many(program: Program) -> None:
+    check_most(program)
+
+
+# --- one model, by hand -----------------------------------------------------------------------------------------------
+
+
+def block() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU())
+
+
+@pytest.fixture(scope="module")
+def found() -> tuple[Graph, tuple[Candidate, ...]]:
+    """stem - three blocks - classifier: linear relu | linear_1 relu_1 linear_2 relu_2 | ..."""
+    body = nn.Sequential(*(block() for _ in range(3)))
+    model = nn.Sequential()
+    model.add_module("stem", nn.Sequential(nn.Linear(8, 8), nn.ReLU()))
+    model.add_module("body", body)
+    model.add_module("classifier", nn.Linear(8, 3))
+    return analyse(model, torch.randn(4, 8))
+
+
+def choose(found: Any, n_stages: int, **options: Any) -> Plan:
+    graph, candidates = found
+    return choose_cuts(graph, candidates, n_stages, [OBJECTIVES[0]] * (n_stages - 1), **options)
+
+
+@pytest.mark.parametrize("n_stages", [0, -1, 2.5, True, "4", None, float("nan")])
+def test_a_number_of_stages_must_be_one(found: Any, n_stages: Any) -> None:
+    graph, candidates = found
+    with pytest.raises(PartitionError, match="n_stages must be a positive integer, not ") as caught:
+        choose_cuts(graph, candidates, n_stages, [])
+    assert repr(n_stages) in str(caught.value)
+
+
+def test_too_many_stages_name_the_maximum_and_the_cuts(found: Any) -> None:
+    with pytest.raises(PartitionError) as caught:
+        choose(found, 9)
+    message = str(caught.value)
+    assert "n_stages=9, but the legal cuts allow at most 8 stages" in message
+    assert "'relu' (end of stem)" in message
+    assert "'relu_2' (end of body.0)" in message
+    assert len(choose(found, 8).stages) == 8
+
+
+def test_one_stage_is_the_whole_model(found: Any) -> None:
+    plan = choose(found, 1)
+    assert plan.cuts == ()
+    assert plan.stages[0].nodes == tuple(node.name for node in found[0].operations)
+
+
+def test_ties_go_to_module_boundaries() -> None:
+    """Behind a linear layer or behind its ReLU costs the same: the cut is where the user's module ends."""
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Dropout()) for _ in range(3)))
+    plan = choose(analyse(model, torch.randn(4, 8)), 3)
+    assert [cut.module for cut in plan.cuts] == ["0", "1"]
+
+
+def test_ties_go_to_fewer_bytes() -> None:
+    """Without module boundaries in between, the cut lies where half of the features have been dropped."""
+
+    class Halved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(4, 3))
+
+        def forward(self, x: torch.Tensor) -> Any:
+            h = (x @ self.first).sin()
+            return h[:, :4].repeat(1, 2)[:, :4] @ self.last
+
+    found = analyse(Halved(), torch.randn(4, 8))
+    assert {c.cut.num_bytes for c in found[1] if c.cut is not None} == {4 * 8 * 4, 4 * 4 * 4}
+    (cut,) = choose(found, 2).cuts
+    assert cut.num_bytes == 4 * 4 * 4
+
+
+def test_a_model_that_trains_nothing_has_no_stages() -> None:
+    graph, candidates = analyse(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)).requires_grad_(False), torch.randn(4, 4))
+    with pytest.raises(PartitionError, match="nothing to train"):
+        choose_cuts(graph, candidates, 1, [])
+
+
+@pytest.mark.parametrize(
+    ("cut_at", "after"),
+    [
+        (["linear", "relu_3"], ["linear", "relu_3"]),  # nodes
+        (["stem", "body.0"], ["relu", "relu_2"]),  # modules that end there
+        (["stem.0", "body.1.2"], ["linear", "linear_4"]),  # modules inside others
+        (["stem.1", "body.2.3"], ["relu", "relu_6"]),  # not the outermost that ends there
+        (["linear_1", "body"], ["linear_1", "relu_6"]),
+    ],
+)
+def test_cuts_lie_where_they_are_asked_for(found: Any, cut_at: list[str], after: list[str]) -> None:
+    assert [cut.after for cut in choose(found, 3, cut_at=cut_at).cuts] == after
+
+
+@pytest.mark.parametrize(
+    ("cut_at", "error", "message"),
+    [
+        (["relu_3", "linear"], CutError, r"in execution order, but is \['relu_3', 'linear'\]"),
+        (["stem", "relu"], CutError, "different places"),
+        (["stem"], PartitionError, "3 stages need 2 cuts, but cut_at has 1"),
+        (["stem", "linear_1", "linear_2"], PartitionError, "3 stages need 2 cuts, but cut_at has 3"),
+        (["stem", "tail"], CutError, "there is no place 'tail' to cut at; the legal cuts: 'linear'"),
+        (["stem", "classifier"], CutError, "no place 'classifier' to cut at"),  # nothing follows it
+    ],
+)
+def test_cuts_that_cannot_be_are_refused(found: Any, cut_at: list[str], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        choose(found, 3, cut_at=cut_at)
+
+
+class Skip(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(5))
+
+    def forward(self, x: Any) -> Any:
+        h = self.layers[0](x)
+        return self.layers[4](self.layers[3](h + self.layers[2](self.layers[1](h).relu())))
+
+
+def test_an_illegal_cut_names_its_reason_and_its_neighbours() -> None:
+    graph, candidates = analyse(Skip(), torch.randn(4, 4))
+    with pytest.raises(CutError) as caught:
+        choose_cuts(graph, candidates, 2, [OBJECTIVES[0]], cut_at=["relu"])
+    message = str(caught.value)
+    assert "cannot cut after 'relu': 2 tensors that carry a gradient cross: linear, relu" in message
+    assert "nearest legal cuts: 'linear' (end of layers.0), 'add'" in message
+
+
+def test_a_place_that_repeats_a_cut_is_that_cut() -> None:
+    """BatchNorm's count lies behind a linear layer: who names it means the same cut."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    graph, candidates = analyse(model, torch.randn(4, 4))
+    plan = choose_cuts(graph, candidates, 2, [OBJECTIVES[0]], cut_at=["add_"])
+    assert [cut.after for cut in plan.cuts] == ["linear"]
+
+
+def test_asked_for_cuts_must_leave_every_stage_something_to_train(found: Any) -> None:
+    with pytest.raises(PartitionError, match="with the cuts asked for, a stage of 3 would have no trainable parameter"):
+        choose(found, 3, cut_at=["linear", "relu"])
+
+
+def test_a_memory_limit_that_cannot_be_kept_is_named(found: Any) -> None:
+    with pytest.raises(PartitionError, match="memory_limit=100 bytes") as caught:
+        choose(found, 2, memory_limit=100)
+    assert "raise the limit" in str(caught.value)
+
+
+def test_a_memory_limit_moves_the_cuts(found: Any) -> None:
+    """The fastest plan may be too large for one device; the next best that fits is taken."""
+    free = choose(found, 2)
+    most = max(stage.memory_bytes for stage in free.stages)
+    assert max(s.memory_bytes for s in choose(found, 2, memory_limit=most).stages) <= most
+    with pytest.raises(PartitionError):
+        choose(found, 2, memory_limit=most // 4)
+
+
+def test_a_stage_of_its_own_for_the_classifier(found: Any) -> None:
+    """The papers' form of SCPL: one cut more, right before the classifier's parameters."""
+    graph, candidates = found
+    classifier = find_classifier(graph, candidates, True)
+    assert classifier == "relu_6"
+    plan = choose_cuts(graph, candidates, 2, [OBJECTIVES[0]] * 2, classifier=classifier)
+    assert [cut.after for cut in plan.cuts][-1] == "relu_6"
+    assert len(plan.stages) == 3
+    assert find_classifier(graph, candidates, "body.1") == "relu_4"
+    with pytest.raises(CutError, match="there is no place 'head'"):
+        find_classifier(graph, candidates, "head")
+
+
+# --- lanes ------------------------------------------------------------------------------------------------------------
+
+
+def groupings(count: int, lanes: int) -> Any:
+    """Every way to lay `count` things in a row into `lanes` runs, none empty."""
+    for cuts in itertools.combinations(range(1, count), lanes - 1):
+        yield [range(a, b) for a, b in itertools.pairwise([0, *cuts, count])]
+
+
+@settings(max_examples=150)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=7), st.integers(1, 9), st.data())
+def test_lanes_are_optimal(flops: list[int], lanes: int, data: st.DataObject) -> None:
+    """The slowest lane by brute force over contiguous runs, also where stages are glued to the one before them."""
+    glued = data.draw(st.sets(st.integers(1, max(1, len(flops) - 1)), max_size=2))
+    plan = make_plan([0] * len(flops), flops=[(f, 0, 0) for f in flops])
+    placed = assign_lanes(plan, ["cpu"] * lanes, glued=tuple(glued))
+    loose = len([i for i in range(len(flops)) if i == 0 or i not in glued])
+    best = min(
+        max(sum(flops[i] for i in run) for run in runs)
+        for runs in groupings(len(flops), min(lanes, loose))
+        if not any(run.start in glued for run in runs)
+    )
+    assert len(placed.lanes) == min(lanes, loose), "no lane is left empty"
+    assert max(sum(flops[i] for i in run) for run in placed.lanes) == best
+    assert [i for run in placed.lanes for i in run] == list(range(len(flops))), "contiguous, in order"
+    assert all(placed.stages[i].lane == placed.stages[i - 1].lane for i in glued if i < len(flops))
+    assert dataclasses.replace(placed, stages=plan.stages) == plan, "nothing else changes"
+
+
+def test_stages_take_the_device_of_their_lane() -> None:
+    placed = assign_lanes(make_plan([0, 0, 0]), ["cpu", "cpu:0", "meta"])
+    assert [stage.device for stage in placed.stages] == ["cpu", "cpu:0", "meta"]
+    assert [stage.lane for stage in placed.stages] == [0, 1, 2]
+
+
+def test_more_lanes_than_stages_leave_the_last_ones_out() -> None:
+    placed = assign_lanes(make_plan([0, 0]), ["cpu"] * 5)
+    assert placed.lanes == ((0,), (1,))
+
+
+def test_devices_by_default_are_those_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert default_devices() == ["cpu"] * 3
+    assert len(assign_lanes(make_plan([0] * 4)).lanes) == 3
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert default_devices() == ["cuda:0", "cuda:1"]
+    assert [s.device for s in assign_lanes(make_plan([0] * 4), ["cuda", "cuda:1"]).stages][::3] == ["cuda:0", "cuda:1"]
+
+
+@pytest.mark.parametrize(
+    ("devices", "message"),
+    [
+        (["gpu"], "'gpu' is not a device; write 'cpu' or 'cuda:0'"),
+        (["cpu", "cuda:99"], "'cuda:99' was asked for, but [0-9]+ GPUs are visible"),
+        ([3.5], "3.5 is not a device"),
+        ([], "devices is empty"),
+    ],
+)
+def test_devices_that_do_not_exist_are_refused(devices: list[Any], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        assign_lanes(make_plan([0, 0]), devices)
+    assert isinstance(caught.value, AutodecoupleError)
