@@ -106,10 +106,14 @@ class Graph:
         return spec is not None and all(size == 1 for size in spec.shape[2:])
 
     @property
+    def num_rows(self) -> int:
+        """Rows of the example batch."""
+        return next((s.shape[s.batch_dim] for s in self.inputs if s.batch_dim is not None), 1)
+
+    @property
     def signal(self) -> TensorSpec:
         """What heads compare with: one class index per row."""
-        batch = next((s.shape[s.batch_dim] for s in self.inputs if s.batch_dim is not None), 1)
-        return TensorSpec("target", (batch,), "int64", 0, self.num_classes)
+        return TensorSpec("target", (self.num_rows,), "int64", 0, self.num_classes)
 
     def parameter_uses(self) -> dict[str, list[int]]:
         """Positions at which each trainable parameter is used, by its name in the model."""

@@ -19,7 +19,8 @@ from autodecouple.objectives.criterion import Criterion
 from autodecouple.options import Options, Wish
 from autodecouple.passes import verify
 from autodecouple.passes.candidates import Candidate, find_cuts
-from autodecouple.passes.codegen import StageCode, emit_inference, emit_stages
+from autodecouple.passes.codegen import StageCode, emit_stages
+from autodecouple.passes.inference import emit_inference
 from autodecouple.passes.insert import drawn_in_kernels, insert_heads
 from autodecouple.passes.measure import annotate
 from autodecouple.passes.partition import choose_cuts, find_classifier
@@ -152,7 +153,7 @@ def build(model: nn.Module, example_inputs: Any, options: Options) -> Pipeline:
     module = insert_heads(graph, plan, heads, criterion)
     codes = emit_stages(module, graph, plan)
     verify.stages_fit(codes, plan)
-    dims = _batch_dims(graph, plan, codes)
+    dims = _batch_dims(graph, codes)
     stages = tuple(Stage(i, code, plan, options.training, dims) for i, code in enumerate(codes))
     inference, written = emit_inference(graph, plan), _written_inputs(graph)
     executor = EXECUTORS[options.executor](stages, program, threads_per_lane(program))  # last: it starts workers
@@ -182,17 +183,15 @@ def _head(graph: Graph, plan: Plan, index: int, options: Options) -> nn.Module |
         return options.wish.objectives[index].head(spec, graph.signal)
 
 
-def _batch_dims(graph: Graph, plan: Plan, codes: tuple[StageCode, ...]) -> dict[str, int | None]:
+def _batch_dims(graph: Graph, codes: tuple[StageCode, ...]) -> dict[str, int | None]:
     """The dimension along which micro-batches of each value that a head reads are joined."""
     dims: dict[str, int | None] = {}
     for code in codes:
         for name in code.head_inputs:
-            measure = graph.measures.get(name)
-            dims[name] = measure.value.batch_dim if measure is not None and measure.value is not None else None
+            value = graph.measures[code.origin(name)].value
+            dims[name] = value.batch_dim if value is not None else None
         if code.mask is not None:
             dims[code.mask] = 0
-    for cut in plan.cuts:  # features that were copied or detached keep their shape
-        dims[f"{cut.features}_cut"] = cut.spec(cut.features).batch_dim
     return dims
 
 

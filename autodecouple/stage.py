@@ -226,11 +226,14 @@ class Stage:
     @property
     def _incoming(self) -> str:
         """The name under which the coupled features arrive."""
-        return _crossing_name(self.plan, self.index - 1)
+        return self._sent_as(self.plan.cuts[self.index - 1].features, self.code.inputs)
 
     @property
     def _outgoing(self) -> str:
-        return _crossing_name(self.plan, self.index)
+        return self._sent_as(self.plan.cuts[self.index].features, self.code.sends)
+
+    def _sent_as(self, features: str, names: Sequence[str]) -> str:
+        return next(name for name in names if self.code.origin(name) == features)
 
     @property
     def _read(self) -> Sequence[str]:
@@ -282,12 +285,6 @@ class _Flag:
         if self._event is not None:
             self._event.synchronize()
         return bool(self._value)
-
-
-def _crossing_name(plan: Plan, cut: int) -> str:
-    """Name of the features behind a cut: coupled ones are only renamed where they are copied."""
-    found = plan.cuts[cut]
-    return f"{found.features}_cut" if found.features in found.copied else found.features
 
 
 def _trainable(code: StageCode) -> list[nn.Parameter]:

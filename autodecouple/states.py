@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from torch import nn
 from autodecouple.errors import CheckpointError, PlanError
 from autodecouple.executors import EXECUTORS
 from autodecouple.executors.executor import Programs
-from autodecouple.passes.codegen import emit_inference, rehome
+from autodecouple.passes.codegen import rehome
+from autodecouple.passes.inference import emit_inference
 from autodecouple.pipeline import Pipeline, threads_per_lane
 from autodecouple.plans import Plan
 from autodecouple.stage import Stage
@@ -121,8 +123,9 @@ def _kind(part: object) -> str | None:
 def _check_gradients(stage: Stage, saved: Mapping[str, Any]) -> None:
     """Of an accumulation under way: one gradient, or None, per parameter."""
     gradients = saved["gradients"] or [None] * len(stage.parameters)
-    pairs = zip(stage.parameters, gradients, strict=True)
-    fits = all(gradient is None or gradient.shape == parameter.shape for parameter, gradient in pairs)
+    pairs = list(zip(stage.parameters, gradients, strict=False))
+    fits = len(pairs) == len(gradients) == len(stage.parameters)
+    fits = fits and all(gradient is None or gradient.shape == parameter.shape for parameter, gradient in pairs)
     if not fits or not isinstance(saved["pending"], int) or not isinstance(saved["skipped"], int):
         raise CheckpointError(f"the state's accumulation does not fit stage {stage.index}")
 
@@ -174,6 +177,7 @@ def check_folder(path: Path) -> None:
 
 def load(path: Path) -> dict[str, Any]:
     try:
+        _check_sums(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
@@ -182,6 +186,13 @@ def load(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, not a state")
     return state
+
+
+def _check_sums(path: Path) -> None:
+    """torch.load reads the values without looking at their checksums."""
+    with zipfile.ZipFile(path) as file:
+        if (damaged := file.testzip()) is not None:
+            raise ValueError(f"{damaged} is damaged")
 
 
 def move(pipeline: Pipeline, device: str) -> Pipeline:

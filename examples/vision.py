@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import compare
@@ -56,7 +56,7 @@ def load(args: argparse.Namespace) -> data.Split:
     return split._replace(train_x=pad(split.train_x), test_x=pad(split.test_x)) if too_small else split
 
 
-def pad(images):
+def pad(images: Tensor) -> Tensor:
     return F.pad(images, [4] * 4)
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from autodecouple.graph import Graph, attribute, module_path, operations, output_leaves
-from autodecouple.passes.insert import ROLE, STAGE
+from autodecouple.graph import Graph, attribute, module_path, operations
+from autodecouple.passes.insert import ORIGIN, ROLE, STAGE
 from autodecouple.plans import Plan
 
 
@@ -28,6 +28,7 @@ class StageCode:
     mask:        its name, if there is one
     draws:       whether the body takes the randomness
     written:     buffers that the body writes (BatchNorm statistics, counters), by name
+    origins:     names in the plan of values that were detached or copied at a cut, where they differ
     """
 
     body: fx.GraphModule
@@ -39,6 +40,11 @@ class StageCode:
     mask: str | None
     draws: bool
     written: tuple[str, ...]
+    origins: Mapping[str, str] = field(default_factory=dict)
+
+    def origin(self, name: str) -> str:
+        """The name in the plan, and in the captured graph, of a value that the stage knows by `name`."""
+        return self.origins.get(name, name)
 
     @property
     def text(self) -> str:
@@ -62,48 +68,7 @@ def emit_stages(module: fx.GraphModule, graph: Graph, plan: Plan) -> tuple[Stage
     return tuple(splitter.stage(index) for index in range(len(plan.stages)))
 
 
-def emit_inference(graph: Graph, plan: Plan) -> fx.GraphModule | None:
-    """The evaluation graph with every operation on its stage's device; None where one device holds all.
-
-    An operation belongs to the latest stage among its inputs and parameters, so values only ever move forward.
-    """
-    devices = [torch.device(stage.device) for stage in plan.stages]
-    if graph.evaluation is None or len(set(devices)) == 1:
-        return None
-    homes = _parameter_stages(graph, plan)
-    work = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    work.graph_copy(graph.evaluation.graph, copies)
-    work.output(tuple(copies[x] if isinstance(x, fx.Node) else x for x in output_leaves(graph.evaluation.graph)))
-    stage: dict[fx.Node, int] = {}
-    for node in list(work.nodes):
-        sources = [stage[source] for source in node.all_input_nodes]
-        stage[node] = max([homes.get(str(node.target), 0) if node.op == "get_attr" else 0, *sources])
-    moved: dict[tuple[fx.Node, torch.device], fx.Node] = {}
-
-    def on(device: torch.device) -> Callable[[fx.Node], fx.Node]:
-        def move(source: fx.Node) -> fx.Node:
-            if devices[stage[source]] == device and source.op != "placeholder":
-                return source
-            if (source, device) not in moved:
-                with work.inserting_after(source):
-                    moved[source, device] = work.call_function(_to, (source, device))
-            return moved[source, device]
-
-        return move
-
-    for node in operations(work):
-        node.args = _on_device(fx.node.map_arg(node.args, on(devices[stage[node]])), devices[stage[node]])
-        node.kwargs = _on_device(fx.node.map_arg(node.kwargs, on(devices[stage[node]])), devices[stage[node]])
-    root = {str(n.target): attribute(graph.evaluation, n) for n in work.find_nodes(op="get_attr")}
-    return fx.GraphModule(root, work, "Inference")
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, torch.Tensor) else value
-
-
-def _on_device(arguments: Any, device: torch.device) -> Any:
+def on_device(arguments: Any, device: torch.device) -> Any:
     """Devices that tracing baked in follow the stage."""
     return fx.node.map_aggregate(arguments, lambda value: device if isinstance(value, torch.device) else value)
 
@@ -111,11 +76,11 @@ def _on_device(arguments: Any, device: torch.device) -> Any:
 def rehome(code: StageCode, device: torch.device) -> None:
     """Let the devices that tracing baked into a stage's body be this one."""
     for node in code.body.graph.nodes:
-        node.kwargs = _on_device(node.kwargs, device)
+        node.kwargs = on_device(node.kwargs, device)
     code.body.recompile()
 
 
-def _parameter_stages(graph: Graph, plan: Plan) -> dict[str, int]:
+def parameter_stages(graph: Graph, plan: Plan) -> dict[str, int]:
     """The stage that uses each parameter and buffer."""
     stage_of = {name: stage.index for stage in plan.stages for name in stage.nodes}
     homes: dict[str, int] = {}
@@ -133,7 +98,7 @@ class _Splitter:
         self.module = module
         self.graph = graph
         self.plan = plan
-        self.homes = _parameter_stages(graph, plan)
+        self.homes = parameter_stages(graph, plan)
         self.nodes = operations(module.graph)
         self.last = len(plan.stages) - 1
 
@@ -158,6 +123,7 @@ class _Splitter:
             mask=mask.name if isinstance(mask, fx.Node) else None,
             draws=any(node.name == "randomness" for node in inputs),
             written=self._written(body),
+            origins={node.name: node.meta[ORIGIN] for node in self.nodes if ORIGIN in node.meta},
         )
 
     def _needed_after(self, index: int) -> list[fx.Node]:
@@ -192,8 +158,8 @@ class _Splitter:
                 if source not in copies:
                     copies[source] = graph.node_copy(source)
             copies[node] = graph.node_copy(node, lambda n: copies[n])
-            copies[node].args = _on_device(copies[node].args, device)
-            copies[node].kwargs = _on_device(copies[node].kwargs, device)
+            copies[node].args = on_device(copies[node].args, device)
+            copies[node].kwargs = on_device(copies[node].kwargs, device)
         graph.output(tuple(copies[node] for node in outputs))
         root = {str(n.target): self._owned(n, index) for n in graph.find_nodes(op="get_attr")}
         return fx.GraphModule(root, graph, f"Stage{index}")

@@ -25,6 +25,8 @@ STAGE = "autodecouple_stage"
 """Key in a node's meta: the index of its stage."""
 ROLE = "autodecouple_role"
 """Key in a node's meta: "head" for what belongs to the stage's loss, else absent."""
+ORIGIN = "autodecouple_origin"
+"""Key in the meta of a detached or copied value: the name under which the plan knows it."""
 
 
 def insert_heads(graph: Graph, plan: Plan, heads: Sequence[nn.Module | None], criterion: nn.Module) -> fx.GraphModule:
@@ -108,22 +110,24 @@ def _token_mask(work: fx.Graph, index: int, cut: Cut, by_name: dict[str, fx.Node
 
 
 def _cross(work: fx.Graph, index: int, cut: Cut, by_name: dict[str, fx.Node]) -> None:
-    """Detach and copy what crosses; the later stages use the result."""
+    """Detach and copy what crosses; the later stages use the result.
 
-    def is_later(user: fx.Node) -> bool:
-        return user.op == "output" or user.meta[STAGE] > index
-
+    Coupled features are copied by the next stage: what it receives is a leaf, which nothing may write into.
+    """
     for spec in cut.crossing:
+        coupled = spec.name == cut.features and not cut.detached
         steps = [aten.detach.default] if spec.name == cut.features and cut.detached else []
         steps += [aten.clone.default] if spec.name in cut.copied else []
-        old = new = by_name[spec.name]
+        old = by_name[spec.name]
+        later = [user for user in old.users if user.op == "output" or user.meta[STAGE] > index]
         for step in steps:
-            new = work.call_function(step, (new,))
-            new.meta[STAGE] = index
-        if steps:
-            new._rename(f"{old.name}_cut")
-            old.replace_all_uses_with(new, is_later)
+            new = work.call_function(step, (by_name[spec.name],))
+            new.meta |= {STAGE: index + coupled, ORIGIN: spec.name}
             by_name[spec.name] = new
+        if steps:
+            by_name[spec.name]._rename(f"{spec.name}_cut")
+            for user in later:
+                user.replace_input_with(old, by_name[spec.name])
 
 
 def _criterion(work: fx.Graph, index: int, signal: fx.Node) -> fx.Node:

@@ -9,7 +9,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -93,6 +97,8 @@ class _FakeRun:
         self.holders: dict[int, list[fx.Node]] = {}  # memory -> nodes whose value lives in it
         self.backward_cache: dict[Any, int] = {}
         self.batch_symbols = _batch_symbols(graph)
+        self.rows = graph.num_rows
+        self.guessed = False
 
     def measures(self) -> Mapping[str, Measure]:
         with torch.inference_mode(False), torch.enable_grad(), self.mode, flop_counter() as self.counter:
@@ -139,7 +145,7 @@ class _FakeRun:
     def _run(self, position: int, node: fx.Node) -> None:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.values[n])
         before = self.counter.get_total_flops()
-        value = _call(self.graph.train, node, args, kwargs)
+        value = self._value(node, args, kwargs)
         flops = self.counter.get_total_flops() - before
         writes = written(node, lambda n: self.measured[n].storages)
         depends = max((self._depends(source, position) for source in node.all_input_nodes), default=-1)
@@ -148,6 +154,30 @@ class _FakeRun:
             terms = self._backward(node, args, kwargs, position)
             self.measured[node] = dataclasses.replace(self.measured[node], backward_flops=terms)
         self._propagate(writes, position, depends)
+
+    def _value(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        """The node's result; where its size is known to the data only, one as large as the batch."""
+        try:
+            return _call(self.graph.train, node, args, kwargs)
+        except (DynamicOutputShapeException, DataDependentOutputException):
+            self.guessed = True
+        except Exception:  # sizes that were guessed need not fit each other: a FLOP less, but never a failure
+            if not self.guessed:
+                raise
+        inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if _has_grad(leaf)]
+        link = sum((leaf.reshape(-1)[:1].sum() * 0 for leaf in inputs), torch.zeros(()))
+        return pytree.tree_map(lambda leaf: self._guess(leaf, link), node.meta["val"])
+
+    def _guess(self, leaf: Any, link: torch.Tensor) -> Any:
+        """A value of the capture with numbers for its free sizes; `link` gives it its gradient."""
+        if isinstance(leaf, torch.SymInt):
+            symbols = dict.fromkeys(leaf.node.expr.free_symbols, self.rows)
+            return int(leaf.node.expr.subs(symbols))
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        sizes = [self._guess(size, link) for size in leaf.shape]
+        made = torch.empty(sizes, dtype=leaf.dtype, device=self.graph.device)
+        return made + link.to(made) if link.requires_grad and made.is_floating_point() else made
 
     def _depends(self, source: fx.Node, position: int) -> int:
         if not self._carries(source, position):

@@ -84,7 +84,7 @@ class StageCosts:
 
     @cached_property
     def _tables(self) -> tuple[torch.Tensor, ...]:
-        """(ends, starts) each: FLOPs after a detached cut, FLOPs after a coupled one, bytes, parameters that are trained.
+        """(ends, starts) each: FLOPs after a detached cut, FLOPs after a coupled one, bytes, trained parameters.
 
         One walk over the nodes keeps, for every start, what a stage that begins there has cost so far.
         """

@@ -44,7 +44,8 @@ def capture(model: nn.Module, example_inputs: Any) -> Graph:
     if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
         raise InputError(f"example_inputs holds no tensor: {example_inputs!r}; pass one batch, like (x,)")
     real = not any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in leaves) and not _is_meta(model)
-    leaves = _widen(leaves)
+    with _neutral():
+        leaves = _widen([_normal(leaf) for leaf in leaves])
     with _neutral(), shape_only(), _mode(model, training=True):
         train, out_spec = _export(model, leaves, in_spec)
     inputs, constants, notes = _describe(train, leaves)
@@ -72,6 +73,11 @@ def as_call(inputs: Any) -> Inputs:
 
 def _is_meta(model: nn.Module) -> bool:
     return device_of(model).type == "meta"
+
+
+def _normal(leaf: Any) -> Any:
+    """A tensor that was made in inference mode cannot be trained on; its copy can."""
+    return leaf.clone() if isinstance(leaf, torch.Tensor) and leaf.is_inference() else leaf
 
 
 def _widen(leaves: list[Any]) -> list[Any]:
@@ -200,8 +206,8 @@ def _describe(train: fx.GraphModule, leaves: list[Any]) -> tuple[tuple[TensorSpe
     specs = [spec_of(node.name, leaf, 0 if node in free and free[node] == batch else None) for node, leaf in tensors]
     fixed = [(node.name, len(leaf)) for node, leaf in tensors if leaf.ndim and len(leaf) == _num_rows(leaves)]
     notes = [
-        f"input {name!r} is fixed to {rows} rows: the model uses its batch size as a number, so a smaller last batch"
-        " will be refused"
+        f"input {name!r} is fixed to {rows} rows, so a smaller last batch will be refused: the model uses its batch"
+        " size as a number. Write x.shape[0] for a literal or len(x), and -1 in x.view(-1, ...)"
         for name, rows in fixed
         if not free
     ]

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from autodecouple.errors import TraceError
@@ -40,8 +40,8 @@ def untrained_parameters(graph: Graph) -> list[str]:
 def stages_fit(codes: Sequence[StageCode], plan: Plan) -> None:
     """What the stages send is what the plan says crosses, and every parameter lives in one stage."""
     for code, cut in zip(codes, plan.cuts, strict=False):
-        sent = {name.removesuffix("_cut") for name in code.sends}
-        said = {spec.name.removesuffix("_cut") for spec in cut.crossing}
+        sent = {code.origin(name) for name in code.sends}
+        said = {spec.name for spec in cut.crossing}
         assert sent == said, f"cut after {cut.after!r}: {sorted(sent ^ said)} sent or planned, but not both"
     owners = Counter(id(p) for code in codes for p in code.body.parameters() if p.requires_grad)
     assert all(count == 1 for count in owners.values()), "a parameter lives in two stages"
@@ -50,7 +50,7 @@ def stages_fit(codes: Sequence[StageCode], plan: Plan) -> None:
 def _run(model: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> Any:
     args, kwargs = pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, (args, kwargs))
     flags = {m: m.training for m in model.modules()}
-    # With gradients also in evaluation: without them nn.TransformerEncoder takes a kernel that fills padding with zeros.
+    # With gradients in evaluation too: without them nn.TransformerEncoder takes a kernel that fills padding with zeros.
     with preserved(model), torch.enable_grad(), seeded():
         try:
             if not training or not model.training:

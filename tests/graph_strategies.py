@@ -103,7 +103,8 @@ class Walk(nn.Module):
             scale, mask = None, scale
         form, saved = self.program.start, {form: [] for form in FORMS}
         for index, (kind, pick) in enumerate(self.program.steps):
-            layer = self.layers[f"{kind}_{index}"] if f"{kind}_{index}" in self.layers else None
+            name = f"{kind}_{index}"
+            layer = self.layers[name] if name in self.layers else None  # noqa: SIM401 - a ModuleDict has no get
             x = self._step(kind, pick, x, form, saved[form], layer, scale, mask)
             form = LEADS.get((form, kind), form)
         if form == "swapped":
@@ -239,9 +240,7 @@ def programs(
         kind = draw(st.sampled_from(kinds))
         steps.append((kind, draw(st.integers(0, 5))))
         form = LEADS.get((form, kind), form)
-    program = Program(
-        start, tuple(steps), draw(st.sampled_from(outputs)), draw(st.booleans()), draw(st.booleans())
-    )
+    program = Program(start, tuple(steps), draw(st.sampled_from(outputs)), draw(st.booleans()), draw(st.booleans()))
     if not trains(program):
         reject()
     return program

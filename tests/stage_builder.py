@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from graph_strategies import touch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
@@ -23,9 +24,10 @@ from autodecouple.passes.trace import bind
 from autodecouple.pipeline import analyse, decide
 from autodecouple.plans import Plan
 from autodecouple.randomness import Randomness
-from graph_strategies import touch
 
 SMALL = SupCon(hidden=8, out=4)
+UNKEYED = Randomness(None)
+"""Draws from torch's default generator, as the original does."""
 
 
 @dataclass
@@ -43,14 +45,14 @@ class Built:
         names = [node.name for node in self.graph.train.graph.find_nodes(op="placeholder")]
         return dict(zip(names, bind(self.graph, inputs), strict=True))
 
-    def stage(self, index: int, received: dict[str, Any], randomness: Randomness = Randomness(None)) -> dict[str, Any]:
+    def stage(self, index: int, received: dict[str, Any], randomness: Randomness = UNKEYED) -> dict[str, Any]:
         """Run one stage's body: what it was sent and made."""
         code = self.codes[index]
         arguments = [received[name] for name in code.inputs]
         outputs = code.body(*arguments, *([randomness] if code.draws else []))
         return {**received, **dict(zip(code.outputs, outputs, strict=True))}
 
-    def run(self, inputs: Any, randomness: Randomness = Randomness(None)) -> list[dict[str, Any]]:
+    def run(self, inputs: Any, randomness: Randomness = UNKEYED) -> list[dict[str, Any]]:
         """One stage after the other; the values that each had, cut free between them as the executors do."""
         received, found = self.values(inputs), []
         for index, code in enumerate(self.codes):
@@ -77,9 +79,7 @@ def decided(
     return decide(graph, candidates, Wish.checked(1, loss if isinstance(loss, str) else SMALL, devices))
 
 
-def build(
-    model: nn.Module, inputs: Any, n_stages: int, loss: Loss = SMALL, devices: Sequence[str] = ("cpu",)
-) -> Built:
+def build(model: nn.Module, inputs: Any, n_stages: int, loss: Loss = SMALL, devices: Sequence[str] = ("cpu",)) -> Built:
     """The criterion touches every output, so that every stage's parameters matter."""
     graph, candidates = analyse(model, inputs)
     plan = decided(graph, candidates, n_stages, loss, devices)
@@ -88,9 +88,12 @@ def build(
         features = cut.spec(cut.features)
         with verify.seeded(len(heads)):
             heads.append(SMALL.head(features, graph.signal) if cut.detached else None)
-    criterion = Criterion(lambda output, target: touch(output), graph.out_spec)
+    constants = {index: leaf for index, leaf in enumerate(graph.outputs) if not isinstance(leaf, fx.Node)}
+    criterion = Criterion(lambda output, target: touch(output), graph.out_spec, constants)
     module = insert_heads(graph, plan, heads, criterion)
-    return Built(model, graph, candidates, plan, module, emit_stages(module, graph, plan))
+    codes = emit_stages(module, graph, plan)
+    verify.stages_fit(codes, plan)
+    return Built(model, graph, candidates, plan, module, codes)
 
 
 def target(rows: int) -> Tensor:

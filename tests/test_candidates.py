@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from graph_strategies import Program, leaves, programs, touch
 from hypothesis import HealthCheck, given, settings
+from stage_builder import build
 from torch import Tensor, fx, nn
 
 from autodecouple.graph import attribute
 from autodecouple.passes.candidates import Candidate
 from autodecouple.pipeline import analyse
-from graph_strategies import Program, leaves, programs, touch
-from stage_builder import build
 
 SWEEP = settings(max_examples=12, suppress_health_check=list(HealthCheck))
-SLOW = settings(max_examples=200, suppress_health_check=list(HealthCheck))
+SLOW = settings(max_examples=120, suppress_health_check=list(HealthCheck))
 
 
 @dataclass
@@ -327,12 +327,48 @@ def test_a_buffer_that_is_counted_is_not_torn() -> None:
 
 
 def test_no_cut_where_nothing_is_trained() -> None:
-    frozen = nn.Sequential(nn.Linear(4, 4).requires_grad_(False), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
+    frozen = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
+    frozen[0].requires_grad_(False)
     found = places(frozen, torch.randn(4, 4))
     assert "nothing that is trained crosses" in found["relu"].reason
     assert found["linear_1"].cut is not None
     frozen[4].requires_grad_(False)
     assert places(frozen, torch.randn(4, 4))["relu_1"].reason == "no trainable parameter follows"
+
+
+def test_no_cut_before_parameters_that_nothing_trains() -> None:
+    """A layer behind the cut whose result is detached would be a stage that never learns."""
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.side = nn.Linear(4, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            z: Tensor = y * self.side(y).sigmoid().detach()
+            return z
+
+    assert places(Gated(), torch.randn(4, 4))["linear"].reason == "no trainable parameter follows"
+
+
+def test_a_view_of_a_parameter_is_copied_when_it_crosses() -> None:
+    """Learned queries: while the next stage still reads them, this stage's update of the next batch changes them."""
+
+    class Queries(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.queries, self.last = nn.Parameter(torch.randn(1, 5, 4)), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q = self.queries.expand(x.shape[0], 5, 4)
+            y: Tensor = self.last((q * x[:, None]).sum(1))
+            return y
+
+    model = Queries()
+    cut = places(model, torch.randn(4, 4))["expand"].cut
+    assert cut is not None
+    assert (cut.features, cut.copied) == ("expand", ("expand",))
 
 
 def test_a_float_of_the_batch_travels() -> None:

@@ -8,23 +8,25 @@ from typing import Any
 
 import pytest
 import torch
+from graph_strategies import DRAWS, Program, leaves, programs, touch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from stage_builder import SMALL, Built, build, target
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import autodecouple
+from autodecouple.options import Wish
 from autodecouple.passes import verify
-from autodecouple.passes.codegen import emit_inference
-from autodecouple.passes.insert import STAGE, draws, drawn_in_kernels
+from autodecouple.passes.inference import emit_inference
+from autodecouple.passes.insert import STAGE, drawn_in_kernels, draws
 from autodecouple.passes.trace import as_call
+from autodecouple.pipeline import analyse, decide
 from autodecouple.randomness import Randomness
-from graph_strategies import DRAWS, Program, leaves, programs, touch
-from stage_builder import SMALL, Built, build, target
 
-SWEEP = settings(max_examples=6, suppress_health_check=list(HealthCheck))
-SLOW = settings(max_examples=150, suppress_health_check=list(HealthCheck))
+SWEEP = settings(max_examples=5, suppress_health_check=list(HealthCheck))
+SLOW = settings(max_examples=50, suppress_health_check=list(HealthCheck))
 COUNTS = st.integers(1, 6)
 
 
@@ -48,11 +50,11 @@ def clear(built: Built) -> None:
         module.zero_grad(set_to_none=True)
 
 
-def losses(built: Built, inputs: Any, randomness: Randomness = Randomness(0)) -> tuple[Tensor, ...]:
+def losses(built: Built, inputs: Any) -> tuple[Tensor, ...]:
     """Those of the one graph that has the plan in it."""
     values = list(built.values(inputs).values())
     rows = next(len(value) for value in values if isinstance(value, Tensor) and value.ndim)
-    found, _ = built.module(*values, target(rows), randomness)
+    found, _ = built.module(*values, target(rows), Randomness(0))
     return tuple(found)
 
 
@@ -108,9 +110,12 @@ def check_inference(program: Program, n_stages: int) -> None:
 
 
 def check_moves(inference: fx.GraphModule, built: Built) -> None:
-    """Every operation has all its tensors on one device, and no value is moved twice to the same one."""
+    """Every operation has all its tensors on one device, and no value is moved twice to the same one; a parameter
+    that a stage owns is never moved: the data goes to it."""
     moves = [node for node in inference.graph.nodes if getattr(node.target, "__name__", "") == "_to"]
     assert len({node.args for node in moves}) == len(moves)
+    trained = {name for name, p in built.model.named_parameters() if p.requires_grad}
+    assert not [node for node in moves if node.args[0].op == "get_attr" and node.args[0].target in trained]
     home = {id(p): i for i, code in enumerate(built.codes) for p in code.body.parameters()}
     place: dict[fx.Node, Any] = {node: node.args[1] for node in moves}
     for node in inference.graph.nodes:
@@ -135,6 +140,73 @@ def test_inference_over_several_devices_is_the_model_in_evaluation_mode(program:
 @given(programs(), st.integers(2, 6))
 def test_inference_over_several_devices_is_the_model_in_evaluation_mode_for_many(p: Program, n_stages: int) -> None:
     check_inference(p, n_stages)
+
+
+class WrittenBase(nn.Module):
+    """Writes into a view, then reads the base, both behind the last parameter of the first stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.first(x))
+        half = h[:, :4]
+        half *= 0.5
+        late = h[:, 4:]
+        y = self.last(h)
+        late += 1
+        z: Tensor = y + h.sum(1, keepdim=True)
+        return z
+
+
+@pytest.mark.parametrize("cut", ["linear", "layer_norm", "slice_1", "slice_2", "mul_"])
+def test_a_value_is_moved_after_it_was_written_into(cut: str) -> None:
+    """A value went to the next device right behind its own operation, and missed what was written into it later; the
+    views of one memory must not part either."""
+    model = WrittenBase()
+    graph, candidates = analyse(model, torch.randn(4, 4))
+    found = {candidate.node: candidate for candidate in candidates}
+    if cut not in found or (found[cut].cut is None and found[cut].twin is None):
+        assert "share memory" in found[cut].reason or "carry a gradient" in found[cut].reason
+        return
+    plan = decide(graph, candidates, Wish.checked(2, SMALL, ["cpu", "cpu:0"], cut_at=[cut]))
+    inference = emit_inference(graph, plan)
+    assert inference is not None
+    x = torch.randn(5, 4)
+    assert torch.equal(inference(x)[0], model.eval()(x))
+
+
+class TrainingOnly(nn.Module):
+    """The plan cuts behind an operation that only training has; before it, two names of one memory are alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = x.abs()
+        view = side[:, :1]
+        h = self.first(x)
+        view += 1
+        h = h + side.sum(1, keepdim=True)
+        if self.training:
+            h = h.sigmoid()
+        y: Tensor = self.last(h)
+        return y
+
+
+def test_a_cut_that_evaluation_does_not_have() -> None:
+    """The stages meet as near to it as can be: memory that is written stays whole, parameters stay where they are."""
+    model = TrainingOnly()
+    graph, candidates = analyse(model, torch.randn(4, 4))
+    plan = decide(graph, candidates, Wish.checked(2, SMALL, ["cpu", "cpu:0"], cut_at=["sigmoid"]))
+    inference = emit_inference(graph, plan)
+    assert inference is not None
+    x = torch.randn(5, 4)
+    assert torch.equal(inference(x)[0], model.eval()(x))
+    moves = [node for node in inference.graph.nodes if getattr(node.target, "__name__", "") == "_to"]
+    assert [str(node.args[1]) for node in moves] == ["cpu", "cpu:0", "cpu:0"], "the input; features and side"
 
 
 # --- law 2: isolation -------------------------------------------------------------------------------------------------
@@ -217,26 +289,30 @@ def test_later_stages_write_into_nothing_of_an_earlier_one_for_many(program: Pro
     check_untouched(program, n_stages)
 
 
-@pytest.mark.parametrize("cut", ["batch_norm", "relu", "linear"])
-def test_the_in_place_operation_behind_a_cut(cut: str) -> None:
-    """Trap 2, by hand: BatchNorm | ReLU(inplace) on features that the head reads: the head must see them unharmed."""
+class Written(nn.Module):
+    """A tensor without gradient that crosses two cuts and is written into behind the second."""
 
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.norm, self.last = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
 
-        def forward(self, x: Tensor) -> Tensor:
-            h: Tensor = F.relu(self.norm(self.first(x)), inplace=True) if cut != "relu" else self.first(x).relu()
-            h += 1
-            y: Tensor = self.last(h)
-            return y
+    def forward(self, x: Tensor) -> Tensor:
+        scale = x.abs().sum(1, keepdim=True)
+        h = self.second((self.first(x) + scale).relu()) + scale
+        scale += 1
+        y: Tensor = self.last(h.relu() * scale)
+        return y
 
-    model = Model()
-    graph, candidates = autodecouple.pipeline.analyse(model, torch.randn(6, 4))
-    place = next(c for c in candidates if c.node == cut)
-    assert place.cut is not None
-    assert place.cut.copied == ((cut,) if cut != "linear" or False else ()), place.cut.copied
+
+@pytest.mark.parametrize("loss", [SMALL, "bp"], ids=["detached", "coupled"])
+def test_a_value_that_is_copied_at_two_cuts(loss: Any) -> None:
+    """Each stage in between saves its own copy; the second copy's name did not fit the plan's any more."""
+    x = torch.randn(4, 4)
+    built = build(Written(), x, 3, loss)
+    assert ["sum_1" in cut.copied for cut in built.plan.cuts] == [True, True]
+    assert torch.equal(built.output(built.run(x)[-1]), built.model(x))
+    found, _ = recorded(built.model, x, loss, 3)
+    assert set(found) == {name for name, _ in built.model.named_parameters()}
 
 
 class Chunked(nn.Module):
@@ -258,8 +334,8 @@ def test_the_features_survive_a_write_through_a_view_of_them() -> None:
     built = build(Chunked(), torch.randn(4, 4), 2)
     first, _ = built.run(torch.randn(4, 4))
     name = built.codes[0].head_inputs[0]
-    assert float(first[name].min()) >= 0
-    assert float(first[name].max()) <= 1, "sigmoid, before the next stage added one"
+    assert float(first[name].detach().min()) >= 0
+    assert float(first[name].detach().max()) <= 1, "sigmoid, before the next stage added one"
     first[name].sum().backward()
 
 
@@ -279,7 +355,7 @@ class Recorder(torch.optim.SGD):
 
 
 def recorded(
-    model: nn.Module, inputs: Any, loss: Any, count: int, schedule: str = "sequential"
+    model: nn.Module, inputs: Any, loss: Any, count: int, cut_at: tuple[str, ...] = ()
 ) -> tuple[dict[str, Tensor], Any]:
     """The gradients by name, and the compiled pipeline, after one step through the stages' own machinery."""
     made: list[Recorder] = []
@@ -295,7 +371,8 @@ def recorded(
         example_inputs=inputs,
         criterion=lambda output, target: touch(output),
         optimizer=optimizer,
-        schedule=schedule,
+        schedule="sequential",
+        cut_at=cut_at,
         devices=["cpu"],
         seed=5,
     ) as decoupled:
@@ -304,6 +381,33 @@ def recorded(
         pipeline = decoupled._pipeline
     seen = {key: value for optimizer_ in made for key, value in optimizer_.seen.items()}
     return {name: seen[id(p)] for name, p in model.named_parameters() if id(p) in seen}, pipeline
+
+
+@pytest.mark.parametrize("behind", ["in place", "through a view"])
+def test_a_coupled_stage_may_write_into_what_it_receives(behind: str) -> None:
+    """What arrives at a coupled stage is a leaf, so that its gradient can go back: "a leaf Variable that requires grad
+    is being used in an in-place operation" was the end of BatchNorm | ReLU(inplace=True)."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.norm(self.first(x))
+            if behind == "in place":
+                h = F.relu(h, inplace=True)
+            else:
+                h[:, :4] *= 0.5
+            y: Tensor = self.last(h)
+            return y
+
+    model, twin, x = Model(), Model(), torch.randn(4, 4)
+    twin.load_state_dict(model.state_dict())
+    found, pipeline = recorded(model, x, "bp", 2, ("batch_norm",))
+    assert pipeline.plan.cuts[0].copied == ("batch_norm",)
+    touch(twin(x)).backward()
+    assert equal(found, gradients(twin))
 
 
 def check_coupled(program: Program, n_stages: int) -> None:
@@ -345,8 +449,6 @@ def check_one_graph(program: Program, n_stages: int, coupled: list[bool]) -> Non
     model = pipeline.graph.model
     model.load_state_dict(program.model().state_dict())
     model.zero_grad()
-    names = {node.name for node in pipeline.graph.train.graph.find_nodes(op="placeholder")}
-    assert names
     inputs = pytree.tree_leaves(program.inputs())
     values, _ = pipeline.module(*inputs, target(4), Randomness(5, 0, 0))
     assert len(values) == count - sum(coupled[: count - 1])
@@ -391,8 +493,14 @@ def test_one_key_has_one_mask() -> None:
 
 @pytest.mark.parametrize(
     "other",
-    [(Randomness(1), "dropout"), (Randomness(0, 1), "dropout"), (Randomness(0, 0, 1), "dropout")]
-    + [(Randomness(0), "dropout_1"), (Randomness(10, 0), "dropout"), (Randomness(0, 10), "dropout")],
+    [
+        (Randomness(1), "dropout"),
+        (Randomness(0, 1), "dropout"),
+        (Randomness(0, 0, 1), "dropout"),
+        (Randomness(0), "dropout_1"),
+        (Randomness(10, 0), "dropout"),
+        (Randomness(0, 10), "dropout"),
+    ],
     ids=["seed", "batch", "micro-batch", "node", "ten seeds", "ten batches"],
 )
 def test_another_key_has_another_mask(other: tuple[Randomness, str]) -> None:
@@ -505,12 +613,9 @@ def test_whatever_draws_draws_by_its_key(name: str) -> None:
     assert bool(kernels) == warned == (name not in ("dropout", "attention", "causal attention", "scaled attention"))
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("kind", [None, "bool", "float"])
+@pytest.mark.parametrize(("causal", "kind"), [(False, None), (True, None), (False, "bool"), (False, "float")])
 def test_attention_written_out_is_the_kernel(causal: bool, kind: str | None) -> None:
     """With a dropout that spares everything, keyed attention gives what the fused kernel gives, masks included."""
-    if causal and kind:
-        pytest.skip("torch refuses both")
     q, k, v = (torch.randn(3, 2, 5, 4) for _ in range(3))
     keep = torch.rand(3, 1, 5, 5) < 0.7
     keep[..., 0] = True
@@ -554,7 +659,7 @@ def test_what_a_stage_sends_is_what_the_plan_says_crosses(program: Program, n_st
     """And it is free of the stage's graph, its shapes and dtypes those of the plan."""
     built = build(program.model(), program.inputs(), n_stages)
     for cut, code, values in zip(built.plan.cuts, built.codes, built.run(program.inputs()), strict=False):
-        sent = {name.removesuffix("_cut"): values[name] for name in code.sends}
+        sent = {code.origin(name): values[name] for name in code.sends}
         assert sent.keys() == {spec.name for spec in cut.crossing}
         for spec in cut.crossing:
             value = sent[spec.name]
@@ -573,12 +678,12 @@ def test_buffers_that_a_stage_writes_are_listed() -> None:
 def test_the_code_of_a_stage_is_readable() -> None:
     built = build(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(4, 4), 2)
     first, second = (code.text for code in built.codes)
-    assert first.startswith("def stage0(self, input_1)") or "def stage0(" in first
-    assert "torch.ops.aten.linear" in first
+    assert "def stage0(self, input_1)" in first
+    assert "    # 0\n    linear = torch.ops.aten.linear.default(input_1" in first
     assert "head: SupConHead" in first
-    assert "def stage1(" in second
-    for code in built.codes:
-        compile(code.text, "<stage>", "exec")
+    assert "def stage1(self, linear_cut)" in second
+    for text in (first, second):
+        compile(text.partition("# head:")[0], "<stage>", "exec")
 
 
 def test_every_node_of_the_one_graph_knows_its_stage() -> None:

@@ -25,7 +25,7 @@ LAYERS: tuple[set[str], ...] = (
     {"api", "decoupled"},
     {"__init__"},
     {"integrations"},
-    {"cli", "__main__", "doctor", "targets"},
+    {"cli", "__main__", "doctor", "targets", "terminal"},
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 NO_TORCH = set().union(*LAYERS[:3])

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from graph_strategies import Attention, Program, leaves, programs, touch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from stage_builder import SMALL, Built, build, target
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,11 +19,9 @@ from autodecouple.passes.candidates import find_cuts
 from autodecouple.passes.measure import annotate
 from autodecouple.passes.stage_costs import StageCosts
 from autodecouple.passes.trace import capture
-from graph_strategies import Attention, Program, leaves, programs, touch
-from stage_builder import SMALL, Built, build, target
 
 SWEEP = settings(max_examples=8, suppress_health_check=list(HealthCheck))
-SLOW = settings(max_examples=150, suppress_health_check=list(HealthCheck))
+SLOW = settings(max_examples=100, suppress_health_check=list(HealthCheck))
 
 
 def counted(work: Any) -> tuple[Any, int]:

@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from graph_strategies import Program, programs
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from plan_strategies import make_plan
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import autodecouple
 from autodecouple.errors import AutodecoupleError, CutError, InputError, PartitionError
 from autodecouple.graph import Graph, attribute
 from autodecouple.objectives import EarlyExit, Objective, SupCon
@@ -24,9 +27,8 @@ from autodecouple.passes.partition import Problem, choose_cuts, find_classifier,
 from autodecouple.passes.place import assign_lanes, default_devices
 from autodecouple.passes.stage_costs import FORBIDDEN
 from autodecouple.pipeline import analyse
-from autodecouple.plans import Plan
-from graph_strategies import Program, programs
-from plan_strategies import make_plan
+from autodecouple.plans import Plan, TensorSpec
+from examples import models as networks
 
 SWEEP = settings(max_examples=6, suppress_health_check=list(HealthCheck))
 SLOW = settings(max_examples=60, suppress_health_check=list(HealthCheck))
@@ -56,7 +58,7 @@ def slowest(problem: Problem, cuts: Sequence[int]) -> int:
 @settings(max_examples=400)
 @given(problems())
 def test_the_dynamic_programme_is_brute_force(problem: Problem) -> None:
-    """Law 6: the smallest slowest stage; among those, the smallest sum of preferences; None where nothing is allowed."""
+    """Law 6: the smallest slowest stage; among those the smallest sum of preferences; None where nothing is allowed."""
     choices = itertools.combinations(range(len(problem.preference)), len(problem.body) - 1)
     values = [(slowest(problem, cuts), sum(problem.preference[cut] for cut in cuts)) for cuts in choices]
     best = min(values, default=(FORBIDDEN, 0))
@@ -75,12 +77,8 @@ def test_the_dynamic_programme_is_brute_force(problem: Problem) -> None:
 @cache
 def _head_flops(objective: Objective, shape: tuple[int, ...], batch_dim: int, classes: int | None) -> tuple[int, int]:
     """(FLOPs of a training step, bytes of the weights) of a head that really runs."""
-    from autodecouple.plans import TensorSpec
-
     rows = shape[batch_dim]
-    head = objective.head(
-        TensorSpec("f", shape, "float32", batch_dim), TensorSpec("y", (rows,), "int64", 0, classes)
-    )
+    head = objective.head(TensorSpec("f", shape, "float32", batch_dim), TensorSpec("y", (rows,), "int64", 0, classes))
     features = torch.randn(shape, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
         head(features, torch.arange(rows) % (classes or 2))[0].backward()
@@ -230,6 +228,43 @@ def test_the_largest_number_of_stages_can_be_reached_for_many(program: Program) 
     check_most(program)
 
 
+# --- the networks of the papers ---------------------------------------------------------------------------------------
+
+IMAGE, TEXT = torch.empty(8, 3, 32, 32, device="meta"), torch.zeros(8, 20, dtype=torch.int64, device="meta")
+NETWORKS: dict[str, tuple[Any, torch.Tensor]] = {
+    "vgg": (lambda: networks.vgg(10), IMAGE),
+    "resnet18": (lambda: networks.resnet18(10), IMAGE),
+    "transformer": (lambda: networks.transformer(1000, 4), TEXT),
+    "lstm": (lambda: networks.lstm(1000, 4), TEXT),
+    "residual_cnn": (lambda: networks.residual_cnn(10), torch.empty(8, 1, 8, 8, device="meta")),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_papers_networks_are_balanced_as_well_as_can_be(name: str) -> None:
+    """In four stages with SupCon's own heads: no choice of the legal cuts has a cheaper slowest stage."""
+    make, inputs = NETWORKS[name]
+    with torch.device("meta"):
+        model = make()
+    plan = autodecouple.plan(model, (inputs,), n_stages=4, loss="supcon", devices=["cpu"])
+    graph, candidates = analyse(model, (inputs,))
+    costs = Costs(graph, candidates)
+    ends = [candidate.position + 1 for candidate in costs.legal]
+    objectives = [SupCon()] * 3
+    pairs: dict[tuple[int, int], int] = {}
+    for begin, end in itertools.combinations(range(-1, len(ends) + 1), 2):
+        cuts = (0, 0, 0) if end == len(ends) else (end, 0, 0)
+        begins, stop = 0 if begin < 0 else ends[begin], len(graph.operations) if end == len(ends) else ends[end]
+        flops, _, trained = costs._stage(3 if end == len(ends) else 0, cuts, objectives, begins, stop)
+        pairs[begin, end] = flops if trained else FORBIDDEN
+    best = min(
+        max(pairs[a, b] for a, b in itertools.pairwise((-1, *cuts, len(ends))))
+        for cuts in itertools.combinations(range(len(ends)), 3)
+    )
+    assert plan.bottleneck.flops == best
+    assert plan.balance > 0.6
+
+
 # --- one model, by hand -----------------------------------------------------------------------------------------------
 
 
@@ -285,25 +320,29 @@ def test_ties_go_to_module_boundaries() -> None:
 
 
 def test_ties_go_to_fewer_bytes() -> None:
-    """Without module boundaries in between, the cut lies where half of the features have been dropped."""
+    """Same features, same cost, no module ends: the cut lies where the tensor beside them is narrow for a while."""
 
-    class Halved(nn.Module):
+    class Beside(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.last = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(4, 3))
+            self.first, self.last = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8, 3))
 
         def forward(self, x: torch.Tensor) -> Any:
-            h = (x @ self.first).sin()
-            return h[:, :4].repeat(1, 2)[:, :4] @ self.last
+            narrow = x[:, :1] * 1
+            h = (x @ self.first).sin() + x
+            wide = narrow.repeat(1, 8)
+            return h.cos() @ self.last + wide.sum(1, keepdim=True)
 
-    found = analyse(Halved(), torch.randn(4, 8))
-    assert {c.cut.num_bytes for c in found[1] if c.cut is not None} == {4 * 8 * 4, 4 * 4 * 4}
+    found = analyse(Beside(), torch.randn(4, 8))
+    sizes = [c.cut.num_bytes for c in found[1] if c.cut is not None]
+    assert sizes[0] > min(sizes) < sizes[-1]
     (cut,) = choose(found, 2).cuts
-    assert cut.num_bytes == 4 * 4 * 4
+    assert cut.num_bytes == min(sizes)
 
 
 def test_a_model_that_trains_nothing_has_no_stages() -> None:
-    graph, candidates = analyse(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)).requires_grad_(False), torch.randn(4, 4))
+    frozen = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)).requires_grad_(False)
+    graph, candidates = analyse(frozen, torch.randn(4, 4))
     with pytest.raises(PartitionError, match="nothing to train"):
         choose_cuts(graph, candidates, 1, [])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -13,12 +14,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-
-from autodecouple.decoupled import Decoupled
-from autodecouple.executors.job import Job
-from autodecouple.objectives import EarlyExit, SupCon
-from autodecouple.schedules import GPipe, MicroBatched, OneFOneB, Schedule, Sequential, Streaming
-from autodecouple.schedules.actions import Action, Op
 from training_tools import (
     Batch,
     Encoding,
@@ -31,6 +26,12 @@ from training_tools import (
     sgd,
     train,
 )
+
+from autodecouple.decoupled import Decoupled
+from autodecouple.executors.job import Job
+from autodecouple.objectives import EarlyExit, SupCon
+from autodecouple.schedules import GPipe, MicroBatched, OneFOneB, Schedule, Sequential, Streaming
+from autodecouple.schedules.actions import Action, Op
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*had no two rows of one class")  # batches of one row are meant
 
@@ -154,11 +155,11 @@ def check_equals_sequential(
     if isinstance(schedule, OneFOneB):  # its loss is taken per micro-batch
         reference = OneFOneB(num_micro_batches=schedule.num_micro_batches)
     options = {"optimizer": sgd, "seed": 5}
-    expected = train(compiled("dropout", stages, loss, lanes=1, schedule=reference, executor="inline", **options), batches)
+    inline = compiled("dropout", stages, loss, lanes=1, schedule=reference, executor="inline", **options)
+    expected = train(inline, batches)
     with delays(seed):
-        found = train(
-            compiled("dropout", stages, loss, lanes=lanes, schedule=schedule, executor=executor, **options), batches
-        )
+        decoupled = compiled("dropout", stages, loss, lanes=lanes, schedule=schedule, executor=executor, **options)
+        found = train(decoupled, batches)
     assert_same(found.losses, expected.losses)
     assert_same(found.outputs, expected.outputs)
     assert_same(found.state, expected.state)
@@ -342,7 +343,7 @@ def test_train_step_returns_before_the_batch_is_trained() -> None:
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_nobody_runs_further_ahead_than_the_queue_is_deep(depth: int) -> None:
-    """Memory stays bounded: with stage 1 stuck, stage 0 starts `depth` batches and the caller may give one more each."""
+    """Memory stays bounded: with stage 1 stuck, stage 0 starts `depth` batches, and the caller gives as many again."""
     go, started = threading.Event(), []
 
     def hold(job: Job, action: Action) -> None:
@@ -404,7 +405,7 @@ def test_spans_keep_the_rule_of_streaming() -> None:
         lanes[span.lane].append(span)
     assert len(spans) == 6 * 4 * 4 and len(lanes) == 4
     for lane in lanes.values():
-        assert all(a.stop <= b.start for a, b in zip(lane, lane[1:], strict=False))
+        assert all(a.stop <= b.start for a, b in itertools.pairwise(lane))
     for (batch, action), span in at.items():
         stage = span.action.stage
         if span.action.op is Op.FORWARD and batch:

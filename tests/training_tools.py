@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -147,6 +148,15 @@ def before_actions(hook: Callable[[Job, Action], None]) -> Iterator[None]:
 
     with mock.patch.object(Job, "perform", hooked):
         yield
+
+
+def hold_until(go: threading.Event) -> Callable[[Job, Action], None]:
+    """A hook that holds every action until it may go on."""
+
+    def hold(job: Job, action: Action) -> None:
+        assert go.wait(20)
+
+    return hold
 
 
 def delays(seed: int, longest: float = 0.003) -> contextlib.AbstractContextManager[None]:

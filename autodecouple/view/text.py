@@ -46,7 +46,7 @@ def render(summary: Summary, *, color: bool = False, width: int | None = None) -
     file = io.StringIO()
     console = Console(
         file=file, width=width or terminal, force_terminal=color, color_system="standard" if color else None,
-        emoji=False, markup=False, highlight=False, legacy_windows=False,
+        emoji=False, markup=False, highlight=False, legacy_windows=False, force_jupyter=False,
     )  # fmt: skip
     console.print(_summary(summary))
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
