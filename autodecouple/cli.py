@@ -5,9 +5,11 @@ torch is imported inside commands only, so that `--help` is immediate.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,7 @@ import click
 
 from autodecouple import targets
 from autodecouple._version import __version__
-from autodecouple.errors import PlanError
+from autodecouple.errors import AutodecoupleError, PlanError
 from autodecouple.plans import Plan
 from autodecouple.schedules import SCHEDULES, Schedule
 from autodecouple.terminal import ErrorGroup, Parsed, busy, options, say, show, write
@@ -94,7 +96,7 @@ def inspect(
 def cuts(target: str, inputs: tuple[targets.InputShape, ...], as_json: bool) -> None:
     """List every legal cut of TARGET and, elsewhere, why there is none. TARGET's code is executed."""
     model, api = _load(target)
-    with busy("looking for cuts"):
+    with busy("looking for cuts"), _given(inputs):
         found = api.cuts(model, targets.example_inputs(inputs))
     if as_json:
         names = ("node", "module", "reason")
@@ -141,7 +143,7 @@ def simulate(
 def code(target: str, **wishes: Any) -> None:
     """Print the Python that is generated for each stage of TARGET. TARGET's code is executed."""
     model, api = _load(target, weightless=False)
-    with busy("generating"):
+    with busy("generating"), _given(wishes["inputs"]):
         sources = api.code(model, **_arguments(**wishes))
     click.echo("\n\n".join(f"# stage {k}\n{source.rstrip()}" for k, source in enumerate(sources)))
 
@@ -160,7 +162,7 @@ def _plan(target: str, **wishes: Any) -> Plan:
     if not wishes["inputs"]:
         raise click.UsageError("a model needs --input SHAPE; only a PLAN.json does without")
     model, api = _load(target)
-    with busy("planning"):
+    with busy("planning"), _given(wishes["inputs"]):
         plan: Plan = api.plan(model, **_arguments(**wishes))
     return plan
 
@@ -170,6 +172,18 @@ def _load(target: str, *, weightless: bool = True) -> tuple[nn.Module, ModuleTyp
         from autodecouple import api
 
         return targets.load(target, weightless=weightless), api
+
+
+@contextlib.contextmanager
+def _given(inputs: tuple[targets.InputShape, ...]) -> Iterator[None]:
+    """What the model itself raises on the example says what that was."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, AutodecoupleError):
+            given = " and ".join(f"{'x'.join(map(str, item.shape))}:{item.dtype}" for item in inputs)
+            error.add_note(f"the inputs were {given}; indices of tokens are integers: --input 8x128:int64")
+        raise
 
 
 def _arguments(

@@ -76,7 +76,7 @@ def on_device(arguments: Any, device: torch.device) -> Any:
 def rehome(code: StageCode, device: torch.device) -> None:
     """Let the devices that tracing baked into a stage's body be this one."""
     for node in code.body.graph.nodes:
-        node.kwargs = on_device(node.kwargs, device)
+        node.args, node.kwargs = on_device(node.args, device), on_device(node.kwargs, device)
     code.body.recompile()
 
 
@@ -158,8 +158,8 @@ class _Splitter:
                 if source not in copies:
                     copies[source] = graph.node_copy(source)
             copies[node] = graph.node_copy(node, lambda n: copies[n])
-            copies[node].args = on_device(copies[node].args, device)
-            copies[node].kwargs = on_device(copies[node].kwargs, device)
+        for node in graph.nodes:
+            node.args, node.kwargs = on_device(node.args, device), on_device(node.kwargs, device)
         graph.output(tuple(copies[node] for node in outputs))
         root = {str(n.target): self._owned(n, index) for n in graph.find_nodes(op="get_attr")}
         return fx.GraphModule(root, graph, f"Stage{index}")

@@ -122,6 +122,7 @@ def _export(model: nn.Module, leaves: list[Any], in_spec: Any) -> tuple[fx.Graph
     leaves = _fake(leaves, device_of(model))
     args, kwargs = pytree.tree_unflatten(leaves, in_spec)
     dynamic = [{0: Dim.AUTO} if isinstance(leaf, torch.Tensor) and leaf.ndim else None for leaf in leaves]
+    failure: Exception | None = None
     try:
         with _spelled_out(model, kwargs) as signature:
             # the form that export wants: names as in the signature, *args and **kwargs under theirs
@@ -129,8 +130,10 @@ def _export(model: nn.Module, leaves: list[Any], in_spec: Any) -> tuple[fx.Graph
             by_name = dict(signature.bind(*shapes, **named).arguments)
             program = torch.export.export(model, args, kwargs, dynamic_shapes=by_name, strict=False)
     except Exception as error:
-        _try_original(model, args, kwargs)
-        raise _explain(model, error) from error
+        failure = error
+    if failure is not None:
+        _try_original(model, args, kwargs)  # not in the handler: its own error stands alone, without torch's in front
+        raise _explain(model, failure) from failure
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     _drop_checks(module)

@@ -414,6 +414,15 @@ def test_resolve_says_what_is_wrong(loss: Any, said: str) -> None:
         resolve(loss, 3)
 
 
+def test_features_that_are_not_finite_show_in_a_batch_without_positives() -> None:
+    """Such a batch has loss 0, also where a row was NaN; its gradient was NaN all the same."""
+    features = torch.randn(4, 5)
+    features[2, 3] = math.nan
+    head = SMALL.head(*specs(features))
+    loss, _ = head(features, torch.arange(4))
+    assert torch.isnan(loss)
+
+
 def test_a_coupled_cut_has_no_head() -> None:
     with pytest.raises(InputError, match=r"'h'.*no head"):
         Backprop().head(*specs(torch.empty(4, 5)))

@@ -99,7 +99,9 @@ class SupConHead(nn.Module):
         positives = (signal.unsqueeze(1) == signal) & ~myself
         self.batches_without_positives.add_(~positives.any())
         with full_precision(embeddings):
-            return self._loss(unit_rows(widen(embeddings)), positives, myself), signal
+            units = unit_rows(widen(embeddings))
+            # The sum, 0 or NaN: without positives the loss would hide features that are not finite, its gradient not.
+            return self._loss(units, positives, myself) + 0 * units.sum(), signal
 
     def _loss(self, units: Tensor, positives: Tensor, myself: Tensor) -> Tensor:
         similarity = units @ units.T / self.temperature

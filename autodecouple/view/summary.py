@@ -78,7 +78,7 @@ def plan_notes(plan: Plan) -> tuple[str, ...]:
     on_lanes = sum(lane_flops) / max(lane_flops) if max(lane_flops) > 0 else 1.0
     speedup = f"{predicted_speedup(plan)} with a lane per stage"
     if len(plan.lanes) < len(plan.stages):
-        speedup += f", {on_lanes:.2f}x on the {units.count(len(plan.lanes), 'lane')} of this plan"
+        speedup += f", {_limit(plan)}{on_lanes:.2f}x on the {units.count(len(plan.lanes), 'lane')} of this plan"
     return (f"balance {plan.balance:.2f} (mean stage / slowest stage; 1.00 is perfect)", speedup, _bottleneck(plan))
 
 
@@ -98,9 +98,12 @@ def idle(timeline: Timeline, lane: int) -> float:
 
 
 def predicted_speedup(plan: Plan) -> str:
+    return f"predicted speedup {_limit(plan)}{plan.speedup:.2f}x"
+
+
+def _limit(plan: Plan) -> str:
     """Coupled stages wait for each other, so that theirs is only a limit."""
-    limit = "" if all(cut.detached for cut in plan.cuts) else "at most "
-    return f"predicted speedup {limit}{plan.speedup:.2f}x"
+    return "" if all(cut.detached for cut in plan.cuts) else "at most "
 
 
 def crossing(cut: Cut) -> tuple[TensorSpec, ...]:
