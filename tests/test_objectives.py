@@ -418,7 +418,7 @@ def test_features_that_are_not_finite_show_in_a_batch_without_positives() -> Non
     """Such a batch has loss 0, also where a row was NaN; its gradient was NaN all the same."""
     features = torch.randn(4, 5)
     features[2, 3] = math.nan
-    head = SMALL.head(*specs(features))
+    head = SupCon(hidden=8, out=4).head(*specs(features))
     loss, _ = head(features, torch.arange(4))
     assert torch.isnan(loss)
 
