@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from autodecouple._version import __version__
 
 if TYPE_CHECKING:
-    from autodecouple.api import compile, plan, simulate
+    from autodecouple.api import capture, compile, plan, simulate
     from autodecouple.decoupled import Decoupled
     from autodecouple.objectives import DeInfoReg, EarlyExit, SupCon
     from autodecouple.plans import Plan
@@ -26,6 +26,7 @@ __all__ = [
     "SupCon",
     "Timeline",
     "__version__",
+    "capture",
     "compile",
     "plan",
     "simulate",
@@ -33,7 +34,7 @@ __all__ = [
 
 # Names are fetched when first used: `autodecouple --help` should not wait for torch.
 _HOMES = {
-    "api": ("compile", "plan", "simulate"),
+    "api": ("capture", "compile", "plan", "simulate"),
     "decoupled": ("Decoupled",),
     "objectives": ("DeInfoReg", "EarlyExit", "SupCon"),
     "plans": ("Plan",),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from torch.optim import Optimizer
 from autodecouple import schedules, simulator
 from autodecouple.cost import Cost, FlopCost, measured
 from autodecouple.decoupled import Decoupled
-from autodecouple.options import Loss, Options, Wish, check_model, check_training
-from autodecouple.passes.candidates import Candidate
-from autodecouple.pipeline import analyse, decide
+from autodecouple.graph import Graph
+from autodecouple.options import Capturing, Loss, Options, Wish, check_model, check_training
+from autodecouple.passes.candidates import Candidate, find_cuts
+from autodecouple.passes.tied import untied
+from autodecouple.pipeline import decide, note_untied, prepare, with_target
 from autodecouple.plans import Plan
 from autodecouple.schedules import Schedule
 from autodecouple.stage import Training
@@ -27,11 +30,12 @@ def default_optimizer(params: list[nn.Parameter]) -> Optimizer:
 
 
 def compile(
-    model: nn.Module,
+    model: nn.Module | Graph,
     n_stages: int | None = None,
     loss: Loss = "supcon",
     *,
     example_inputs: Any = None,
+    example_target: Any = None,
     criterion: Callable[[Any, Any], torch.Tensor] | None = None,
     optimizer: Callable[[list[nn.Parameter]], Optimizer] = default_optimizer,
     scheduler: Callable[[Optimizer], Any] | None = None,
@@ -40,8 +44,13 @@ def compile(
     schedule: str | Schedule = "streaming",
     cost: str = "flops",
     cut_at: Sequence[str] = (),
+    no_split: Sequence[str] = (),
     memory_limit: int | None = None,
+    tied: str = "together",
+    mode: str = "train",
+    dynamic: Sequence[int] = (),
     detach_classifier: bool | str = False,
+    recompute: bool = False,
     clip_grad_norm: float | None = None,
     accumulate: int = 1,
     on_nonfinite: str = "raise",
@@ -50,17 +59,25 @@ def compile(
 ) -> Decoupled:
     """Cut an unmodified model into stages that train on local losses, and run them as a pipeline.
 
+    model:          the module, or what `capture` made of it
     n_stages:       None for one per device
     loss:           name or Objective of the hidden stages, or a list of one each; "bp" couples a stage to the next
     example_inputs: one batch as a tensor, tuple or dict; meta tensors do. None captures at the first batch
+    example_target: what the batch is compared with, where the output does not tell: labels of rows for a model whose
+                    output is (N, T, V), say
     criterion:      (output, target) -> scalar loss of the last stage; None is cross-entropy on the logits
     optimizer:      parameters -> optimizer, called once per stage; scheduler: optimizer -> scheduler, stepped with it
     devices:        one entry per lane; None is every visible GPU, or else one CPU lane per core
     plan:           a plan to build instead of deciding one; schedule: a name or a value from autodecouple.schedules
     cost:           what balances the stages: "flops" of a training step
-    cut_at:         nodes or modules after which to cut; memory_limit: bytes that a stage may take
+    cut_at:         nodes or modules after which to cut; no_split: modules, or classes of them, never cut inside
+    memory_limit:   bytes that a stage may take
+    tied:           a parameter under several names holds its uses "together" in one stage; "untie" makes one for each
+    mode:           "eval" captures a model that can only be captured so, and trains it as it evaluates
+    dynamic:        dimensions, beside the batch, whose size may change: (1,) for sequences of any length
     detach_classifier: the papers' form of SCPL: the last stage has a local loss too, and the classifier (found, or
                     named here) trains on detached features, as one more stage on the same lane
+    recompute:      run a stage's forward again for its backward instead of keeping its activations
     clip_grad_norm: per stage; accumulate: batches per update; on_nonfinite: "raise", "skip" or "ignore"
     executor:       "streams" or "inline"; None is inline for the sequential schedule, else streams
     seed:           of the heads' weights and of every dropout mask
@@ -73,27 +90,48 @@ def compile(
         cost=cost,
         cut_at=cut_at,
         memory_limit=memory_limit,
+        no_split=no_split,
         detach_classifier=detach_classifier,
         plan=plan,
     )
-    training = check_training(Training(optimizer, scheduler, clip_grad_norm, accumulate, on_nonfinite))
-    options = Options.checked(wish, training, criterion, schedule, executor, seed)
-    decoupled = Decoupled(check_model(model), options)
-    if example_inputs is not None:
-        decoupled.capture(example_inputs)
+    training = check_training(Training(optimizer, scheduler, clip_grad_norm, accumulate, on_nonfinite, recompute))
+    capturing = Capturing(mode, tuple(dynamic), tied)
+    options = Options.checked(capturing, wish, training, criterion, schedule, executor, seed)
+    decoupled = Decoupled(model if isinstance(model, Graph) else check_model(model), options)
+    if example_inputs is not None or isinstance(model, Graph):
+        decoupled.capture(example_inputs, example_target)
     return decoupled
 
 
-def plan(
+def capture(
     model: nn.Module,
     example_inputs: Any,
+    *,
+    example_target: Any = None,
+    tied: str = "together",
+    mode: str = "train",
+    dynamic: Sequence[int] = (),
+) -> Graph:
+    """Capture and measure a model once; `plan` and `compile` take the result in its place, as often as you like."""
+    capturing = Capturing(mode, tuple(dynamic), tied)
+    return with_target(prepare(check_model(model), example_inputs, capturing), example_target)
+
+
+def plan(
+    model: nn.Module | Graph,
+    example_inputs: Any = None,
     n_stages: int | None = None,
     loss: Loss = "supcon",
     *,
+    example_target: Any = None,
     devices: Sequence[Any] | None = None,
     cost: str = "flops",
     cut_at: Sequence[str] = (),
+    no_split: Sequence[str] = (),
     memory_limit: int | None = None,
+    tied: str = "together",
+    mode: str = "train",
+    dynamic: Sequence[int] = (),
     detach_classifier: bool | str = False,
 ) -> Plan:
     """Decide where to cut without building anything; arguments as for `compile`. Meta tensors compute nothing."""
@@ -104,10 +142,24 @@ def plan(
         cost=cost,
         cut_at=cut_at,
         memory_limit=memory_limit,
+        no_split=no_split,
         detach_classifier=detach_classifier,
     )
-    graph, candidates = analyse(check_model(model), example_inputs)
-    return decide(graph, candidates, wish)
+    how: dict[str, Any] = {"example_target": example_target, "mode": mode, "dynamic": dynamic}
+    with _captured(model, example_inputs, tied, **how) as graph:
+        return decide(graph, find_cuts(graph), wish)
+
+
+@contextlib.contextmanager
+def _captured(model: nn.Module | Graph, example_inputs: Any, tied: str = "together", **how: Any) -> Iterator[Graph]:
+    """The capture of a model that stays as it was: what is untied for it is tied again."""
+    if isinstance(model, Graph):
+        yield model
+    elif tied == "together":
+        yield capture(model, example_inputs, **how)
+    else:
+        with untied(check_model(model)) as parted:
+            yield note_untied(capture(model, example_inputs, **how), parted)
 
 
 def simulate(
@@ -125,9 +177,10 @@ def simulate(
     return simulator.run(plan, found, cost, batches)
 
 
-def cuts(model: nn.Module, example_inputs: Any) -> tuple[Candidate, ...]:
-    """Every place between two operations: the cut there, or why there is none."""
-    return analyse(check_model(model), example_inputs)[1]
+def cuts(model: nn.Module | Graph, example_inputs: Any = None, **options: Any) -> tuple[Candidate, ...]:
+    """Every place between two operations: the cut there, or why there is none; options as for `capture`."""
+    with _captured(model, example_inputs, **options) as graph:
+        return find_cuts(graph)
 
 
 def code(
@@ -143,4 +196,4 @@ def _no_optimizer(params: list[nn.Parameter]) -> Optimizer:
     return torch.optim.SGD(params, lr=0.0)
 
 
-__all__ = ["code", "compile", "cuts", "default_optimizer", "plan", "simulate"]
+__all__ = ["capture", "code", "compile", "cuts", "default_optimizer", "plan", "simulate"]

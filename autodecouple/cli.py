@@ -41,11 +41,21 @@ _drawings = options(
     click.option("--svg", type=_FILE, help="Write a figure."),
     click.option("--html", type=_FILE, help="Write a page of one file."),
 )
+_capturing = options(
+    click.option("--mode", type=click.Choice(["train", "eval"]), default="train", show_default=True,
+                 help="Capture the model as it trains, or, where only that goes, as it evaluates."),
+    click.option("--tied", type=click.Choice(["together", "untie"]), default="together", show_default=True,
+                 help="A parameter with several names: one stage for its uses, or a parameter for each name."),
+    click.option("--dynamic", multiple=True, type=click.IntRange(1), metavar="DIM",
+                 help="A dimension of the inputs, beside the batch, that may change; repeat for several."),
+)  # fmt: skip
 _wishes = options(
+    _capturing,
     click.option("--stages", type=click.IntRange(1), default=4, show_default=True, help="Number of stages."),
     click.option("--loss", default="supcon", show_default=True, help="Objective; or one per hidden stage, a,b,c."),
     click.option("--devices", help="Lanes, as cuda:0,cuda:1 or cpu,cpu; by default all there are."),
     click.option("--cut-at", multiple=True, metavar="NAME", help="Cut after this node or module; repeat for each cut."),
+    click.option("--no-split", multiple=True, metavar="NAME", help="Never cut inside this module or class."),
     click.option(
         "--max-memory", type=Parsed("bytes", targets.parse_bytes), help="Largest memory of a stage, as 4GiB or 500MB."
     ),
@@ -92,12 +102,13 @@ def inspect(
 @main.command()
 @_target
 @_input
+@_capturing
 @_json
-def cuts(target: str, inputs: tuple[targets.InputShape, ...], as_json: bool) -> None:
+def cuts(target: str, inputs: tuple[targets.InputShape, ...], as_json: bool, **capturing: Any) -> None:
     """List every legal cut of TARGET and, elsewhere, why there is none. TARGET's code is executed."""
     model, api = _load(target)
     with busy("looking for cuts"), _given(inputs):
-        found = api.cuts(model, targets.example_inputs(inputs))
+        found = api.cuts(model, targets.example_inputs(inputs), **capturing)
     if as_json:
         names = ("node", "module", "reason")
         rows = [
@@ -187,16 +198,16 @@ def _given(inputs: tuple[targets.InputShape, ...]) -> Iterator[None]:
 
 
 def _arguments(
-    inputs: tuple[targets.InputShape, ...], stages: int, loss: str, devices: str | None,
-    cut_at: tuple[str, ...], max_memory: int | None,
+    inputs: tuple[targets.InputShape, ...], stages: int, loss: str, devices: str | None, max_memory: int | None,
+    **others: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """The options in the words of the API."""
     return {
+        **others,
         "example_inputs": targets.example_inputs(inputs),
         "n_stages": stages,
         "loss": loss.split(",") if "," in loss else loss,
         "devices": devices.split(",") if devices else None,
-        "cut_at": cut_at,
         "memory_limit": max_memory,
     }
 

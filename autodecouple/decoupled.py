@@ -21,8 +21,8 @@ from autodecouple.executors import Step
 from autodecouple.fitting import Epoch
 from autodecouple.graph import Graph
 from autodecouple.options import Options
+from autodecouple.passes.bind import bind
 from autodecouple.passes.place import check_device
-from autodecouple.passes.trace import bind
 from autodecouple.pipeline import Pipeline, build
 from autodecouple.plans import Plan
 from autodecouple.stage import Stage
@@ -36,8 +36,9 @@ class Decoupled:
     batches that are under way. Also a context manager, which closes the workers.
     """
 
-    def __init__(self, model: nn.Module, options: Options) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module | Graph, options: Options) -> None:
+        self._model = model.model if isinstance(model, Graph) else model
+        self._captured = model if isinstance(model, Graph) else None
         self._options = options
         self._pipeline: Pipeline | None = None
         self._next_batch = 0
@@ -46,19 +47,19 @@ class Decoupled:
 
     # ---------------------------------------------------------------- training
 
-    def capture(self, example_inputs: Any) -> Decoupled:
+    def capture(self, example_inputs: Any, example_target: Any = None) -> Decoupled:
         """Capture, cut and place the model now, for inputs like these; the first `train_step` does it otherwise."""
         if self._pipeline is not None:
             raise InputError("the model has been captured already: compile it again for other inputs")
         if self._closed:
             raise ClosedError("the pipeline was closed; compile the model again")
-        self._attach(build(self._model, example_inputs, self._options))
+        self._attach(build(self._captured or self._model, example_inputs, example_target, self._options))
         return self
 
-    def _ensure_captured(self, inputs: Any) -> None:
+    def _ensure_captured(self, inputs: Any, target: Any = None) -> None:
         """Capture for inputs like these, unless that was done before."""
         if self._pipeline is None:
-            self.capture(inputs)
+            self.capture(inputs, target)
 
     def _attach(self, pipeline: Pipeline) -> None:
         """Workers must end with this object, and they hold no reference to it."""
@@ -77,7 +78,7 @@ class Decoupled:
         """
         if self._closed:
             raise ClosedError("the pipeline was closed; compile the model again to go on training")
-        self._ensure_captured(inputs)
+        self._ensure_captured(inputs, target)
         pipeline = self._compiled
         job = pipeline.job(self._next_batch, inputs, target)
         self._next_batch += 1  # first: Ctrl-C may come between, and no two batches may have one number
@@ -127,15 +128,9 @@ class Decoupled:
                 "the stages lie on several devices and the evaluation mode could not be captured: move them to one,"
                 ' decoupled.to("cpu"), to run the model'
             )
-        flags = {module: module.training for module in self._model.modules()}
         args, kwargs = pytree.tree_map(lambda x: _to(x, devices), (args, kwargs))
-        try:
-            self._model.eval()
-            with torch.no_grad():
-                return self._model(*args, **kwargs)
-        finally:
-            for module, flag in flags.items():
-                module.training = flag
+        with states.evaluating(self._model), torch.no_grad():
+            return self._model(*args, **kwargs)
 
     @property
     def model(self) -> nn.Module:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import functools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,9 @@ from torch import fx, nn
 
 from autodecouple.errors import InputError
 from autodecouple.plans import TensorSpec
+
+LEAF = "autodecouple_leaf"
+"""Key in the meta of a node that calls a whole module: its `passes.leaves.Leaf`."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class Graph:
     in_spec:    how (args, kwargs) nest
     out_spec:   how the output nests
     measures:   filled in by `passes.measure`, by node name
+    target:     what the example is compared with, where that is known
     """
 
     model: nn.Module
@@ -68,8 +73,9 @@ class Graph:
     out_spec: Any
     measures: Mapping[str, Measure] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    target: TensorSpec | None = None
 
-    @property
+    @functools.cached_property
     def operations(self) -> list[fx.Node]:
         """The nodes that compute, in execution order; their index is their position."""
         return operations(self.train.graph)
@@ -79,18 +85,18 @@ class Graph:
         """Where the model's parameters lie at capture."""
         return device_of(self.model)
 
-    @property
+    @functools.cached_property
     def outputs(self) -> tuple[Any, ...]:
         """The flat leaves of the output node."""
         return output_leaves(self.train.graph)
 
     @property
-    def num_classes(self) -> int | None:
-        """Width of the first (N, C) floating point output, None if there is none."""
+    def logits(self) -> TensorSpec | None:
+        """The first floating point output with rows of classes, None if there is none."""
         for leaf in self.outputs:
             spec = self.measures[leaf.name].value if isinstance(leaf, fx.Node) else None
-            if spec is not None and len(spec.shape) == 2 and spec.batch_dim == 0 and "float" in spec.dtype:
-                return spec.shape[1]
+            if spec is not None and len(spec.shape) >= 2 and spec.batch_dim == 0 and "float" in spec.dtype:
+                return spec
         return None
 
     @property
@@ -110,27 +116,53 @@ class Graph:
         """Rows of the example batch."""
         return next((s.shape[s.batch_dim] for s in self.inputs if s.batch_dim is not None), 1)
 
-    @property
+    @functools.cached_property
     def signal(self) -> TensorSpec:
-        """What heads compare with: one class index per row."""
-        return TensorSpec("target", (self.num_rows,), "int64", 0, self.num_classes)
+        """What heads compare with: the example target, or else class indices as the logits suggest.
 
-    def parameter_uses(self) -> dict[str, list[int]]:
+        Logits (N, C) mean one class per row, (N, T, V) one per token, (N, C, H, W) one per position.
+        """
+        logits = self.logits
+        if logits is None:
+            return self.target or TensorSpec("target", (self.num_rows,), "int64", 0)
+        classes_at = 1 if len(logits.shape) > 3 else len(logits.shape) - 1
+        shape = tuple(size for dim, size in enumerate(logits.shape) if dim != classes_at)
+        guess = TensorSpec("target", shape, "int64", 0, logits.shape[classes_at])
+        if self.target is None or (self.target.dtype == "int64" and len(self.target.shape) == len(shape)):
+            return guess
+        return self.target
+
+    def parameter_uses(self) -> Mapping[str, list[int]]:
         """Positions at which each trainable parameter is used, by its name in the model."""
+        return self._uses
+
+    @functools.cached_property
+    def _uses(self) -> Mapping[str, list[int]]:
         positions = {node: i for i, node in enumerate(self.operations)}
         uses: dict[str, list[int]] = {}
         for node in self.train.graph.find_nodes(op="get_attr"):
             value = attribute(self.train, node)
             if isinstance(value, nn.Parameter) and value.requires_grad:
-                name = str(node.target)
+                name = self.parameter_name(node)
                 uses.setdefault(name, []).extend(positions[user] for user in node.users if user in positions)
         return uses
 
-    @property
+    def parameter_name(self, node: fx.Node) -> str:
+        """The name that stands for the tensor of a get_attr node: the first of those that a tied one has here."""
+        return self._names.get(id(attribute(self.train, node)), str(node.target))
+
+    @functools.cached_property
+    def _names(self) -> dict[int, str]:
+        names: dict[int, str] = {}
+        for node in self.train.graph.find_nodes(op="get_attr"):
+            names.setdefault(id(attribute(self.train, node)), str(node.target))
+        return names
+
+    @functools.cached_property
     def trained(self) -> frozenset[str]:
         """Names of the trainable parameters to which a gradient of the outputs comes back."""
         nodes = self.train.graph.find_nodes(op="get_attr")
-        return frozenset(str(node.target) for node in nodes if self.measures[node.name].in_loss)
+        return frozenset(self.parameter_name(node) for node in nodes if self.measures[node.name].in_loss)
 
 
 def operations(graph: fx.Graph) -> list[fx.Node]:
@@ -162,9 +194,11 @@ def module_path(node: fx.Node) -> tuple[str, ...]:
     return tuple(name for name, _ in stack.values() if not name.startswith("_"))
 
 
-def named_leaves(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every parameter under each of its names; shared ones come once per name."""
-    yield from model.named_parameters(remove_duplicate=False)
+def module_classes(node: fx.Node) -> tuple[tuple[str, str], ...]:
+    """(name, class name) of the modules, outermost first, in whose forward the node ran."""
+    stack = node.meta.get("nn_module_stack") or {}
+    kinds = ((name, kind if isinstance(kind, str) else kind.__name__) for name, kind in stack.values())
+    return tuple((name, kind.rpartition(".")[2]) for name, kind in kinds if not name.startswith("_"))
 
 
 def is_free(size: object) -> bool:

@@ -23,6 +23,28 @@ Loss = str | Objective | Sequence[str | Objective]
 
 
 @dataclass(frozen=True)
+class Capturing:
+    """How a model is captured.
+
+    mode:    "train", or "eval" for a model that can only be captured so: it then trains as it evaluates
+    dynamic: dimensions, beside the batch, that may differ from the example's (1 for sequences of any length)
+    tied:    parameters under several names: "together" in one stage, or "untie" into one for each name
+    """
+
+    mode: str = "train"
+    dynamic: tuple[int, ...] = ()
+    tied: str = "together"
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("train", "eval"):
+            raise InputError(f'mode must be "train" or "eval", not {self.mode!r}')
+        if self.tied not in ("together", "untie"):
+            raise InputError(f'tied must be "together" or "untie", not {self.tied!r}')
+        if not all(isinstance(dim, int) and dim > 0 for dim in self.dynamic):
+            raise InputError(f"dynamic={self.dynamic!r} must hold dimensions from 1 on; 0 is the batch")
+
+
+@dataclass(frozen=True)
 class Wish:
     """What a plan is asked to be; `n_stages` counts without the extra stage of a detached classifier."""
 
@@ -31,6 +53,7 @@ class Wish:
     devices: tuple[str, ...]
     cut_at: tuple[str, ...] = ()
     memory_limit: int | None = None
+    no_split: tuple[str, ...] = ()
     detach_classifier: bool | str = False
     plan: Plan | None = None
 
@@ -43,14 +66,16 @@ class Wish:
         cost: str = "flops",
         cut_at: Sequence[str] = (),
         memory_limit: int | None = None,
+        no_split: Sequence[str] = (),
         detach_classifier: bool | str = False,
         plan: Plan | None = None,
     ) -> Wish:
         """Raises InputError, PartitionError or PlanError for what can be refused without the model."""
         if cost != "flops":
             raise InputError(f"cost={cost!r} is not known; there is: 'flops'")
-        if isinstance(cut_at, str):
-            raise InputError(f"cut_at={cut_at!r} is a string; pass a list of names: [{cut_at!r}]")
+        for field, names in (("cut_at", cut_at), ("no_split", no_split)):
+            if isinstance(names, str):
+                raise InputError(f"{field}={names!r} is a string; pass a list of names: [{names!r}]")
         if plan is not None and not isinstance(plan, Plan):
             raise PlanError(f"plan={plan!r} is no Plan; read JSON with Plan.from_json(text)")
         names = tuple(default_devices() if devices is None else map(check_device, devices))
@@ -64,13 +89,14 @@ class Wish:
             raise PlanError(f"the plan has {len(plan.stages)} stages, but n_stages={n_stages}")
         hidden = n_stages if detach_classifier and plan is None else n_stages - 1
         found = objectives.resolve(loss, hidden)
-        return Wish(n_stages, found, names, tuple(cut_at), memory_limit, detach_classifier, plan)
+        return Wish(n_stages, found, names, tuple(cut_at), memory_limit, tuple(no_split), detach_classifier, plan)
 
 
 @dataclass(frozen=True)
 class Options:
     """All that `compile` was told, beside the model."""
 
+    capturing: Capturing
     wish: Wish
     training: Training
     criterion: Callable[[Any, Any], torch.Tensor] | None
@@ -80,6 +106,7 @@ class Options:
 
     @staticmethod
     def checked(
+        capturing: Capturing,
         wish: Wish,
         training: Training,
         criterion: Callable[[Any, Any], torch.Tensor] | None,
@@ -93,7 +120,7 @@ class Options:
         chosen = executor if executor is not None else "inline" if isinstance(found, Sequential) else "streams"
         if chosen not in EXECUTORS:
             raise InputError(f"executor={executor!r} is not known; there are: {', '.join(EXECUTORS)}")
-        return Options(wish, training, criterion, found, chosen, seed)
+        return Options(capturing, wish, training, criterion, found, chosen, seed)
 
 
 def check_training(training: Training) -> Training:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from dataclasses import dataclass
 from typing import Any
@@ -16,30 +17,62 @@ from autodecouple.executors.executor import Programs
 from autodecouple.executors.job import Job
 from autodecouple.graph import Graph
 from autodecouple.objectives.criterion import Criterion
-from autodecouple.options import Options, Wish
+from autodecouple.objectives.gather import gathered_head
+from autodecouple.options import Capturing, Options, Wish
 from autodecouple.passes import verify
-from autodecouple.passes.candidates import Candidate, find_cuts
+from autodecouple.passes.bind import bind
+from autodecouple.passes.candidates import Candidate, find_cuts, keep_whole
 from autodecouple.passes.codegen import StageCode, emit_stages
 from autodecouple.passes.inference import emit_inference
 from autodecouple.passes.insert import drawn_in_kernels, insert_heads
 from autodecouple.passes.measure import annotate
 from autodecouple.passes.partition import choose_cuts, find_classifier
 from autodecouple.passes.place import assign_lanes
-from autodecouple.passes.trace import bind, capture
-from autodecouple.plans import Plan
+from autodecouple.passes.tied import Untied, untie
+from autodecouple.passes.trace import capture
+from autodecouple.plans import Plan, TensorSpec
 from autodecouple.randomness import Randomness
 from autodecouple.schedules.program import Program
+from autodecouple.signals import check_classes, describe
 from autodecouple.stage import Stage
 
 
-def analyse(model: nn.Module, example_inputs: Any) -> tuple[Graph, tuple[Candidate, ...]]:
-    """The captured and measured model, and every place where it might be cut."""
-    graph = annotate(capture(model, example_inputs))
+def analyse(
+    model: nn.Module | Graph, example_inputs: Any, example_target: Any = None, how: Capturing | None = None
+) -> tuple[Graph, tuple[Candidate, ...]]:
+    """The captured and measured model, and every place where it might be cut; a Graph is taken as it is."""
+    graph = model if isinstance(model, Graph) else prepare(model, example_inputs, how or Capturing())
+    graph = with_target(graph, example_target)
     return graph, find_cuts(graph)
+
+
+def with_target(graph: Graph, example_target: Any) -> Graph:
+    return graph if example_target is None else dataclasses.replace(graph, target=describe(example_target))
+
+
+def prepare(model: nn.Module, example_inputs: Any, how: Capturing) -> Graph:
+    """Capture and measure a model; ties that were undone for it are tied again if that fails."""
+    if how.tied == "together":
+        return annotate(capture(model, example_inputs, mode=how.mode, dynamic=how.dynamic))
+    parted = untie(model)
+    try:
+        return note_untied(prepare(model, example_inputs, dataclasses.replace(how, tied="together")), parted)
+    except BaseException:
+        parted.tie()
+        raise
+
+
+def note_untied(graph: Graph, parted: Untied) -> Graph:
+    """Say in the graph's warnings what was untied for it."""
+    modules = [graph.train, *([graph.evaluation] if graph.evaluation is not None else [])]
+    read = [node for module in modules for node in module.graph.find_nodes(op="get_attr") if node.users]
+    used = {str(node.target) for node in read}
+    return dataclasses.replace(graph, warnings=(*graph.warnings, parted.tie_unused(used).note))
 
 
 def decide(graph: Graph, candidates: tuple[Candidate, ...], wish: Wish) -> Plan:
     """The plan: cuts, then lanes, then what the user should know about it."""
+    candidates = keep_whole(graph, candidates, wish.no_split) if wish.no_split else candidates
     if wish.plan is not None:
         plan = _fit(wish.plan, graph, candidates, wish)
     else:
@@ -84,9 +117,9 @@ def _warnings(graph: Graph, plan: Plan) -> list[str]:
     if untrained := verify.untrained_parameters(graph):
         notes.append(f"no stage trains {', '.join(untrained)}: no loss depends on it")
     if drawn := drawn_in_kernels(graph.train.graph):
-        more = f" and {len(drawn) - 3} more" if len(drawn) > 3 else ""
+        names = ", ".join(node.name for node in drawn[:3]) + (f" and {len(drawn) - 3} more" if len(drawn) > 3 else "")
         notes.append(
-            f"random numbers drawn inside a kernel, by {', '.join(node.name for node in drawn[:3])}{more}: such"
+            f"random numbers drawn inside a kernel or a whole module, by {names}: such"
             " operations take turns, and other threads must not draw from torch's default generator meanwhile"
         )
     if len(plan.lanes) > 1 and plan.balance < 0.5:
@@ -133,24 +166,33 @@ class Pipeline:
         dims = [self.graph.measures[x.name].value for x in leaves if isinstance(x, fx.Node)]
         return self.criterion.unflatten(job.outputs([spec.batch_dim if spec is not None else None for spec in dims]))
 
+    @functools.cached_property
+    def signal(self) -> TensorSpec:
+        """What targets must look like: of any classes, where neither a head nor the default criterion counts them."""
+        detached = [o for o, cut in zip(self.options.wish.objectives, self.plan.cuts, strict=True) if cut.detached]
+        counted = not self.criterion.own or any(getattr(o, "needs_classes", True) for o in detached)
+        return self.graph.signal if counted else dataclasses.replace(self.graph.signal, num_classes=None)
+
     def _check_target(self, target: Any, rows: int) -> None:
         needs_classes = any(not self.plan.coupled_after(cut) for cut in range(len(self.plan.cuts)))
         if needs_classes or not self.criterion.own:
-            _check_classes(target, rows, self.graph.num_classes)
+            check_classes(target, rows, self.signal)
         elif isinstance(target, torch.Tensor) and target.ndim and target.shape[0] != rows:
             raise InputError(f"the target has {target.shape[0]} rows, but the batch has {rows}")
 
 
-def build(model: nn.Module, example_inputs: Any, options: Options) -> Pipeline:
+def build(model: nn.Module | Graph, example_inputs: Any, example_target: Any, options: Options) -> Pipeline:
     """Run every pass: trace, measure, candidates, partition, place, insert, codegen."""
-    graph, candidates = analyse(model, example_inputs)
+    graph, candidates = analyse(model, example_inputs, example_target, options.capturing)
     plan = decide(graph, candidates, options.wish)
+    verify.plan_fits(graph, plan)
     programs = Programs(plan, options.schedule, graph.smallest_batch)
     program = programs.full  # raises where the schedule does not suit the plan
     heads = [_head(graph, plan, index, options) for index in range(len(plan.cuts))]
     constants = {index: leaf for index, leaf in enumerate(graph.outputs) if not isinstance(leaf, fx.Node)}
     criterion = Criterion(options.criterion, graph.out_spec, constants)
     module = insert_heads(graph, plan, heads, criterion)
+    verify.heads_fit(module, graph, plan)
     codes = emit_stages(module, graph, plan)
     verify.stages_fit(codes, plan)
     dims = _batch_dims(graph, codes)
@@ -178,9 +220,9 @@ def _head(graph: Graph, plan: Plan, index: int, options: Options) -> nn.Module |
     cut = plan.cuts[index]
     if not cut.detached:
         return None
-    spec = dataclasses.replace(cut.spec(cut.features), name="features")
+    specs = [dataclasses.replace(cut.spec(name), name="features") for name in cut.features]
     with verify.seeded(Randomness(options.seed).key(cut.after)), torch.device("cpu"):
-        return options.wish.objectives[index].head(spec, graph.signal)
+        return gathered_head(options.wish.objectives[index], specs, graph.signal)
 
 
 def _batch_dims(graph: Graph, codes: tuple[StageCode, ...]) -> dict[str, int | None]:
@@ -201,24 +243,3 @@ def _rows(graph: Graph, leaves: list[Any]) -> int:
     dynamic = [leaf for spec, leaf in zip(graph.inputs, tensors, strict=True) if spec.batch_dim == 0]
     first = (dynamic or [leaf for leaf in tensors if leaf.ndim])[0]
     return int(first.shape[0])
-
-
-def _check_classes(target: Any, rows: int, num_classes: int | None) -> None:
-    if target is None:
-        raise InputError("the target is missing: train_step(inputs, target) needs one class index per row")
-    if not isinstance(target, torch.Tensor):
-        raise InputError(f"the target must be a tensor of class indices, but is {type(target).__name__}")
-    if tuple(target.shape) != (rows,):
-        raise InputError(
-            f"the target has shape {tuple(target.shape)}, but the batch has {rows} rows: pass one class index per row,"
-            f" shape ({rows},)"
-        )
-    if target.dtype != torch.int64:
-        raise InputError(f"the target must be int64 class indices, but is {target.dtype}: pass target.long()")
-    if num_classes is not None and not target.is_cuda and not target.is_meta:
-        low, high = int(target.min()), int(target.max())
-        if low < 0 or high >= num_classes:
-            raise InputError(
-                f"the target holds class {low if low < 0 else high}, but the model's output has {num_classes} classes,"
-                f" 0 to {num_classes - 1}"
-            )

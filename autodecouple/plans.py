@@ -11,7 +11,7 @@ from typing import Any
 
 from autodecouple.errors import PlanError
 
-FORMAT = 1
+FORMAT = 2
 """Version of the JSON layout; raised when a field changes its meaning."""
 
 _BYTES = {"float64": 8, "int64": 8, "complex64": 8, "complex128": 16, "float32": 4, "int32": 4,
@@ -24,6 +24,7 @@ class TensorSpec:
 
     `batch_dim` is the dimension that grows with the batch, None where none does. A plain number that travels
     (a sequence length) has dtype "int" or "float" and shape (). `num_classes` is set for class indices only.
+    `free_dims` are further dimensions of an input that may differ from batch to batch.
     """
 
     name: str
@@ -31,13 +32,15 @@ class TensorSpec:
     dtype: str
     batch_dim: int | None = 0
     num_classes: int | None = None
+    free_dims: tuple[int, ...] = ()
 
     @property
     def num_bytes(self) -> int:
         return math.prod(self.shape) * _BYTES.get(self.dtype, 1)
 
     def __str__(self) -> str:
-        dims = ["N" if i == self.batch_dim else str(size) for i, size in enumerate(self.shape)]
+        marks: dict[int | None, str] = {self.batch_dim: "N", **dict.fromkeys(self.free_dims, "*")}
+        dims = [marks.get(i, str(size)) for i, size in enumerate(self.shape)]
         return f"{self.name} ({', '.join(dims)}) {self.dtype}"
 
 
@@ -47,8 +50,9 @@ class Cut:
 
     after:    the last node before the cut
     crossing: every value that travels to the next stage
-    features: the one of them that carries the gradient; the head reads it
-    mask:     the one that says which tokens of `features` count, where there is one; `mask_meaning` says how:
+    carrying: those of them that carry a gradient, the one that most of the stage leads to first
+    features: those of `carrying` that the head reads: together they see every parameter of the stage
+    mask:     the one that says which tokens of the first features count, where there is one; `mask_meaning` says how:
               "keep" or "ignore" them where True, or "additive" (0 where they count, negative elsewhere)
     copied:   those cloned at the cut, since something later writes into their memory
     module:   the module that ends here ("layer2.1"), "" inside one
@@ -58,7 +62,8 @@ class Cut:
 
     after: str
     crossing: tuple[TensorSpec, ...]
-    features: str
+    carrying: tuple[str, ...]
+    features: tuple[str, ...]
     mask: str | None = None
     mask_meaning: str = "keep"
     copied: tuple[str, ...] = ()
@@ -88,9 +93,17 @@ class StageSpec:
     """Forward and backward of the head."""
     num_parameters: int = 0
     parameter_bytes: int = 0
+    """Of the parameters that are trained here."""
+    frozen_bytes: int = 0
+    """Of buffers and parameters that are not trained; a buffer that the forward writes counts twice, for its backup."""
     head_parameter_bytes: int = 0
     activation_bytes: int = 0
+    """What the stage is sent, and what its forward leaves for its backward and for the next stage."""
     optimizer_bytes: int = 0
+    step_bytes: int = 0
+    """Most that a step takes beside all these weights and states, at any moment: activations, gradients of weights and
+    values, and what operations need while they run. Forward, head, backward and update are each followed; in the
+    backward the weights' gradients come while activations go, so that it is less than their sum."""
     costliest_node: str = ""
     costliest_flops: int = 0
     lane: int = 0
@@ -105,9 +118,12 @@ class StageSpec:
 
     @property
     def memory_bytes(self) -> int:
-        """Parameters, their gradients, optimizer state and activations, head included."""
-        weights = self.parameter_bytes + self.head_parameter_bytes
-        return 2 * weights + self.optimizer_bytes + self.activation_bytes
+        """Peak of a training step on this stage: weights, optimizer state and what the step takes, head included.
+
+        The optimizer counts as Adam, updating one parameter at a time; a kernel's own workspace does not count.
+        """
+        weights = self.parameter_bytes + self.frozen_bytes + self.head_parameter_bytes
+        return weights + self.optimizer_bytes + self.step_bytes
 
 
 @dataclass(frozen=True)

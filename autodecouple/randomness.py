@@ -37,9 +37,7 @@ class Randomness:
             return functional.dropout(x, p)
         if p >= 1:
             return x * 0
-        generator = torch.Generator(x.device).manual_seed(self.key(node))
-        mask = torch.empty_like(x).bernoulli_(1 - p, generator=generator)
-        return x * mask.div_(1 - p)
+        return masked(x, p, torch.Generator(x.device).manual_seed(self.key(node)))
 
     def attention(
         self,
@@ -94,6 +92,12 @@ class Randomness:
                 return operation(*args, **kwargs)
             finally:
                 generator.set_state(before)
+
+
+def masked(x: torch.Tensor, p: float, generator: torch.Generator | None = None) -> torch.Tensor:
+    """`x` behind a mask from the generator; for the backward it keeps one byte per element."""
+    mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p, generator=generator)
+    return (x * mask).div_(1 - p)
 
 
 def _generator_for(args: Any, kwargs: Any) -> torch.Generator:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,9 +26,15 @@ Values = dict[str, Any]
 
 @dataclass
 class Passage:
-    """One micro-batch on its way through a stage: what was sent and made, and the gradients that wait for backward."""
+    """One micro-batch on its way through a stage: what was sent and made, and the gradients that wait for backward.
+
+    `coupled` names what was sent and wants its gradient sent back. Where activations are not kept, `again` runs the
+    forward once more, for the values with their graph.
+    """
 
     values: Values
+    coupled: Sequence[str] = ()
+    again: Callable[[], AbstractContextManager[Values]] | None = None
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
@@ -58,6 +66,7 @@ class Training:
                     the whole model would couple the stages again
     accumulate:     batches per update; their gradients are averaged
     on_nonfinite:   "raise", "skip" (leave the batch out, on this stage) or "ignore"
+    recompute:      keep what a stage was sent and gives, and run its forward again for its backward
     """
 
     optimizer: Callable[[list[nn.Parameter]], Optimizer]
@@ -65,6 +74,7 @@ class Training:
     clip_grad_norm: float | None = None
     accumulate: int = 1
     on_nonfinite: str = "raise"
+    recompute: bool = False
 
 
 class Stage:
@@ -118,16 +128,38 @@ class Stage:
         """Run one micro-batch; returns what the next stage is sent, free of this stage's graph."""
         if work.before is None:
             work.before = self._set_aside()
-        if self.coupled_before:
-            name = self._incoming
-            received = {**received, name: received[name].detach().requires_grad_()}
-        arguments = [received[name] for name in self.code.inputs]
-        outputs = self.code.body(*arguments, *([randomness] if self.code.draws else []))
-        values = {**received, **dict(zip(self.code.outputs, outputs, strict=True))}
-        work.passages[micro_batch] = Passage(values)
+        coupled = self._coupled(received) if self.coupled_before else []
+        received = received | {name: received[name].detach().requires_grad_() for name in coupled}
+        again = self._recomputation(received, coupled, randomness) if self.training.recompute else None
+        with torch.set_grad_enabled(again is None and torch.is_grad_enabled()):
+            values = self._run(received, randomness)
+        work.passages[micro_batch] = Passage(values, coupled, again)
         if self.index == len(self.plan.cuts):
             work.outputs[micro_batch] = tuple(_free(values[name]) for name in self.code.head_inputs)
         return {name: _free(values[name]) for name in self.code.sends}
+
+    def _run(self, received: Values, randomness: Randomness) -> Values:
+        """What was sent and what the body makes of it."""
+        arguments = [received[name] for name in self.code.inputs]
+        outputs = self.code.body(*arguments, *([randomness] if self.code.draws else []))
+        return {**received, **dict(zip(self.code.outputs, outputs, strict=True))}
+
+    def _recomputation(
+        self, received: Values, coupled: Sequence[str], randomness: Randomness
+    ) -> Callable[[], AbstractContextManager[Values]]:
+        """The forward once more, later: the numbers drawn are keyed, and buffers must not be updated twice."""
+        overwritten = [name for name in self.code.overwrites if name not in coupled]  # which the body copies itself
+        kept = received | {name: received[name].clone() for name in overwritten}
+
+        @contextlib.contextmanager
+        def again() -> Iterator[Values]:
+            after = [buffer.clone() for buffer in self.buffers]
+            yield self._run(kept, randomness)
+            with torch.no_grad():  # behind the backward, for which BatchNorm has saved its buffers
+                for buffer, value in zip(self.buffers, after, strict=True):
+                    buffer.copy_(value)
+
+        return again
 
     def loss(self, work: Work, micro_batch: int | None, signal: Any) -> Any:
         """Loss of the whole batch, or of one micro-batch weighted by its rows, and its gradient at the features.
@@ -151,20 +183,27 @@ class Stage:
         self._split(leaves, passages)
         return _free_tree(encoded)
 
-    def backward(self, work: Work, micro_batch: int, gradient: torch.Tensor | None) -> torch.Tensor | None:
-        """Carry the gradients of one micro-batch through the stage; returns that of a coupled input."""
+    def backward(
+        self, work: Work, micro_batch: int, gradients: Mapping[str, torch.Tensor] | None
+    ) -> dict[str, torch.Tensor] | None:
+        """Carry the gradients of one micro-batch through the stage; returns those of its coupled inputs.
+
+        gradients: of what a coupled next stage was sent, by the names of the plan; so are those returned
+        """
         passage = work.passages.pop(micro_batch)
-        if gradient is not None:
-            passage.gradients[self._outgoing] = gradient
-        names = [name for name in passage.gradients if passage.values[name].requires_grad]
-        if names:
-            tensors = [passage.values[name] for name in names]
-            with full_precision(tensors[0]):
-                torch.autograd.backward(tensors, [passage.gradients[name] for name in names])
-        if not self.coupled_before:
-            return None
-        leaf: torch.Tensor = passage.values[self._incoming]
-        return leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
+        for name in self.code.sends if gradients else ():
+            assert gradients is not None
+            if self.code.origin(name) in gradients:
+                passage.gradients[name] = gradients[self.code.origin(name)]
+        with passage.again() if passage.again is not None else contextlib.nullcontext(passage.values) as values:
+            names = [name for name in passage.gradients if values[name].requires_grad]
+            if names:
+                tensors = [values[name] for name in names]
+                with full_precision(tensors[0]):
+                    torch.autograd.backward(tensors, [passage.gradients[name] for name in names])
+        leaves = {self.code.origin(name): values[name] for name in passage.coupled}
+        sent = {name: x.grad if x.grad is not None else torch.zeros_like(x) for name, x in leaves.items()}
+        return sent if self.coupled_before else None
 
     def update(self, work: Work, judge: Work) -> torch.Tensor | None:
         """Step the optimizer and scheduler; returns the batch's loss, None where it is another stage's.
@@ -223,17 +262,11 @@ class Stage:
             parameter.grad = gradient
         work.before = None
 
-    @property
-    def _incoming(self) -> str:
-        """The name under which the coupled features arrive."""
-        return self._sent_as(self.plan.cuts[self.index - 1].features, self.code.inputs)
-
-    @property
-    def _outgoing(self) -> str:
-        return self._sent_as(self.plan.cuts[self.index].features, self.code.sends)
-
-    def _sent_as(self, features: str, names: Sequence[str]) -> str:
-        return next(name for name in names if self.code.origin(name) == features)
+    def _coupled(self, received: Values) -> list[str]:
+        """Names under which what couples this stage to the one before arrives, used here or passed on."""
+        carrying = self.plan.cuts[self.index - 1].carrying
+        names = dict.fromkeys((*self.code.inputs, *self.code.sends))
+        return [name for name in names if name in received and self.code.origin(name) in carrying]
 
     @property
     def _read(self) -> Sequence[str]:
@@ -247,7 +280,9 @@ class Stage:
         whole = parts[0] if single else torch.cat([part.detach() for part in parts], dim or 0)
         if not isinstance(whole, torch.Tensor):
             return whole
-        return whole.detach().requires_grad_(any(part.requires_grad for part in parts))
+        # Without its graph a value does not tell whether it would carry a gradient; one too many is dropped later.
+        unknown = self.training.recompute and (whole.is_floating_point() or whole.is_complex())
+        return whole.detach().requires_grad_(unknown or any(part.requires_grad for part in parts))
 
     def _split(self, leaves: Values, passages: Sequence[Passage]) -> None:
         """Hand every micro-batch its rows of the gradient at the features."""

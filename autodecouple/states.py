@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -218,3 +219,21 @@ def _move_rest(model: nn.Module, device: str) -> None:
     """Parameters and buffers that no stage uses."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.to(device)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; buffers that the forward assigns anew get their value and stay the same objects."""
+    flags = {module: module.training for module in model.modules()}
+    buffers = [(module, name, value) for module in flags for name, value in module._buffers.items()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+        for module, name, value in buffers:
+            assigned = module._buffers.get(name)
+            if isinstance(value, torch.Tensor) and isinstance(assigned, torch.Tensor) and assigned is not value:
+                with torch.no_grad():
+                    module._buffers[name] = value.copy_(assigned) if value.shape == assigned.shape else assigned

@@ -1,23 +1,26 @@
 """Where a cut is legal, what would cross there, and why it is not legal elsewhere.
 
-A cut after a node is legal when exactly one tensor that carries a gradient crosses. Everything else that crosses
-(masks, positions, integers) travels beside it.
+A cut after a node is legal when one to three tensors that carry a gradient cross and heads can read them. Everything
+else that crosses (masks, positions, integers) travels beside them.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
 
-from autodecouple.graph import Graph, module_path
+from autodecouple.errors import CutError
+from autodecouple.graph import Graph, module_classes, module_path
 from autodecouple.passes.masks import find_mask
+from autodecouple.passes.reach import Reach
+from autodecouple.passes.tied import way_out
 from autodecouple.plans import Cut, TensorSpec
 
-FEATURE_RANKS = (2, 3, 4, 5)
-"""Ranks that heads are built for: (N, D), (N, T, D), (N, C, H, W), (N, C, D, H, W)."""
+MOST_CARRYING = 3
+"""How many tensors that carry a gradient may cross: more hardly improve the balance of any known model."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,9 @@ class Candidate:
     position: of that operation
     ended:    the modules that end here, outermost first
     twin:     an earlier place with the same cut, where this one only repeats it
+    reads:    (tensor, threshold) pairs: the head of a stage that begins at or before the threshold has to read it to
+              see every parameter; the first is always read
+    blind:    a stage that begins at or before this position holds a parameter that no head could see
     """
 
     node: str
@@ -36,6 +42,12 @@ class Candidate:
     cut: Cut | None
     reason: str = ""
     twin: str | None = None
+    reads: tuple[tuple[str, int], ...] = ()
+    blind: int = -1
+
+    def features(self, start: int) -> tuple[str, ...]:
+        """What the head of a stage that begins at this position reads."""
+        return tuple(name for i, (name, threshold) in enumerate(self.reads) if i == 0 or start <= threshold)
 
     @property
     def module(self) -> str:
@@ -46,6 +58,35 @@ class Candidate:
 def find_cuts(graph: Graph) -> tuple[Candidate, ...]:
     """Every place in execution order, except after the last operation; linear in the graph."""
     return tuple(_Sweep(graph))
+
+
+def keep_whole(graph: Graph, candidates: Sequence[Candidate], names: Iterable[str]) -> tuple[Candidate, ...]:
+    """The candidates, none of them legal inside the named modules.
+
+    names: of modules ("encoder.layer.3") or of their classes ("BertLayer")
+    Raises CutError for a name that no module or class has.
+    """
+    spans = [(name, *span) for name in names for span in _extents(graph, name)]
+    spans.sort(key=lambda span: span[1])
+    found = []
+    for candidate in candidates:
+        inside = next((name for name, first, last in spans if first <= candidate.position < last), None)
+        if inside is not None and candidate.cut is not None:
+            candidate = replace(candidate, cut=None, reason=f"inside {inside!r}, which no_split keeps whole")
+        found.append(candidate)
+    return tuple(found)
+
+
+def _extents(graph: Graph, name: str) -> list[tuple[int, int]]:
+    """First and last position of a module, or of every module of a class."""
+    extents: dict[str, tuple[int, int]] = {}
+    for position, node in enumerate(graph.operations):
+        for path, kind in module_classes(node):
+            if name in (path, kind):
+                extents[path] = (extents.get(path, (position, 0))[0], position)
+    if not extents:
+        raise CutError(f"no_split names {name!r}, but the captured model has no module or class of that name")
+    return list(extents.values())
 
 
 class _Sweep:
@@ -65,8 +106,7 @@ class _Sweep:
             for storage in self.measures[node].writes:
                 self.last_write[storage] = position
         self.blocked = _blocked(_spans(graph), end)
-        trained = [uses for name, uses in graph.parameter_uses().items() if name in graph.trained]
-        self.last_trained = max((max(uses) for uses in trained if uses), default=-1)
+        self.reach = Reach(graph)
         self.owned = frozenset[int]().union(*(m.storages for n, m in self.measures.items() if n.op == "get_attr"))
 
     def __iter__(self) -> Iterator[Candidate]:
@@ -77,6 +117,7 @@ class _Sweep:
             if self.last_use[node] > position:
                 live.add(node)
             live = {value for value in live if self.last_use[value] > position}
+            self.reach.visit(node)
             candidate = self._candidate(position, node, live)
             if candidate.cut is not None:
                 if before == live:
@@ -87,48 +128,66 @@ class _Sweep:
 
     def _candidate(self, position: int, node: fx.Node, live: set[fx.Node]) -> Candidate:
         ended = ended_modules(node, self.operations[position + 1])
-        reason = self._reason(position, live)
+        carrying = self._carrying(position, live)
+        reason = self._reason(position, live, carrying)
         if reason:
             return Candidate(node.name, position, ended, None, reason)
+        features = [value for value in carrying if not self._unreadable(value)]
+        reads, blind = self.reach.thresholds(features, carrying, position)
         values = sorted(live, key=lambda value: self.measures[value].position)
-        (features,) = (value for value in values if self.measures[value].carries_gradient(position))
-        others = [(value, self._spec(value)) for value in values if value is not features]
-        mask, meaning = find_mask(self._spec(features), others)
+        others = [(value, self._spec(value)) for value in values if value not in carrying]
+        mask, meaning = find_mask(self._spec(features[0]), others)
         cut = Cut(
             after=node.name,
             crossing=tuple(self._spec(value) for value in values),
-            features=features.name,
+            carrying=tuple(value.name for value in (*features, *(v for v in carrying if v not in features))),
+            features=(features[0].name,),
             mask=mask,
             mask_meaning=meaning,
             copied=tuple(value.name for value in values if self._must_copy(value, position)),
             module=ended[0] if ended else "",
         )
-        return Candidate(node.name, position, ended, cut)
+        named = tuple((value.name, threshold) for value, threshold in zip(features, reads, strict=True))
+        return Candidate(node.name, position, ended, cut, reads=named, blind=blind)
 
-    def _reason(self, position: int, live: set[fx.Node]) -> str:
+    def _carrying(self, position: int, live: set[fx.Node]) -> list[fx.Node]:
+        """What carries a gradient across, the latest in the line of trained parameters first."""
+        found = [value for value in live if self.measures[value].carries_gradient(position)]
+        return sorted(found, key=lambda v: (self.measures[v].depends, self.measures[v].position), reverse=True)
+
+    def _reason(self, position: int, live: set[fx.Node], carrying: list[fx.Node]) -> str:
         if position in self.blocked:
-            name, first, last = self.blocked[position]
-            return f"{name} is used on both sides, by {self._name(first)!r} and {self._name(last)!r}"
+            return self._reason_blocked(self.blocked[position])
         tuples = [value.name for value in live if self.measures[value].value is None]
         if tuples:
             return f"{tuples[0]!r} is a tuple: cut at its items"
-        carrying = [value for value in live if self.measures[value].carries_gradient(position)]
         if not carrying:
             return "nothing that is trained crosses: no trainable parameter before it reaches what follows"
-        if len(carrying) > 1:
-            names = sorted((value.name for value in carrying), key=str)
-            return f"{len(names)} tensors that carry a gradient cross: {', '.join(names)}"
-        if self.last_trained <= position:
+        if len(carrying) > MOST_CARRYING:
+            names = sorted(value.name for value in carrying)
+            return (
+                f"{len(names)} tensors that carry a gradient cross, and heads read {MOST_CARRYING}: {', '.join(names)}"
+            )
+        if self.reach.last <= position:
             return "no trainable parameter follows"
-        return self._reason_features(position, carrying[0]) or self._reason_aliases(position, live)
+        reasons = [self._unreadable(value) for value in carrying]
+        if all(reasons):
+            return reasons[0]
+        return self._reason_aliases(position, live)
 
-    def _reason_features(self, position: int, features: fx.Node) -> str:
+    def _reason_blocked(self, span: Span) -> str:
+        remedy = f": {way_out(self.graph.model, span.name)}" if span.kind == "parameter" else ""
+        first, last = self._name(span.first), self._name(span.last)
+        return f"{span.kind} {span.name!r} is used on both sides, by {first!r} and {last!r}{remedy}"
+
+    def _unreadable(self, features: fx.Node) -> str:
+        """Why no head can read a value, "" if one can."""
         spec = self.measures[features].value
         assert spec is not None
-        if not spec.dtype.startswith(("float", "bfloat")):
+        if not spec.dtype.startswith(("float", "bfloat", "complex")):
             return f"{features.name!r} is {spec.dtype}: heads read floating point features"
-        if len(spec.shape) not in FEATURE_RANKS:
-            return f"{features.name!r} has {len(spec.shape)} dimensions: heads read 2 to 5"
+        if len(spec.shape) < 2:
+            return f"{features.name!r} has one dimension: heads read two or more"
         if spec.batch_dim is None:
             return f"no dimension of {features.name!r} {list(spec.shape)} is the batch alone"
         return ""
@@ -155,36 +214,45 @@ class _Sweep:
         return spec
 
 
-Span = tuple[str, int, int]
-"""What is used, first position, last position."""
+@dataclass(frozen=True)
+class Span:
+    """Between the first and the last use of a parameter or a buffer there is no cut."""
+
+    kind: str
+    name: str
+    first: int
+    last: int
 
 
 def _blocked(spans: list[Span], end: int) -> dict[int, Span]:
     """For each position inside a span, the span that reaches furthest."""
     blocked: dict[int, Span] = {}
-    waiting = sorted(spans, key=lambda span: span[1])[::-1]
+    waiting = sorted(spans, key=lambda span: span.first)[::-1]
     current: Span | None = None
     for position in range(end):
-        while waiting and waiting[-1][1] == position:
+        while waiting and waiting[-1].first == position:
             span = waiting.pop()
-            current = span if current is None or span[2] > current[2] else current
-        if current is not None and position < current[2]:
+            current = span if current is None or span.last > current.last else current
+        if current is not None and position < current.last:
             blocked[position] = current
     return blocked
 
 
 def _spans(graph: Graph) -> list[Span]:
-    """First and last use of every trainable parameter, and of every buffer that the forward writes."""
-    spans = {f"parameter {name!r}": (min(uses), max(uses)) for name, uses in graph.parameter_uses().items() if uses}
-    operations = graph.operations
-    written = {s for node in operations for s in graph.measures[node.name].writes}
-    positions = {node: i for i, node in enumerate(operations)}
+    """Those of every trainable parameter, and of every buffer that the forward writes."""
+    spans = [Span("parameter", name, min(at), max(at)) for name, at in graph.parameter_uses().items() if at]
+    positions = {node: i for i, node in enumerate(graph.operations)}
+    writers: dict[int, list[int]] = {}
+    for node, position in positions.items():
+        for storage in graph.measures[node.name].writes:
+            writers.setdefault(storage, []).append(position)
     for node in graph.train.graph.find_nodes(op="get_attr"):
-        if graph.measures[node.name].storages & written:
-            uses = [positions[user] for user in node.users if user in positions]
-            if uses:
-                spans[f"buffer {str(node.target)!r}"] = (min(uses), max(uses))
-    return [(name, first, last) for name, (first, last) in spans.items() if first < last]
+        # A chain of writes leads from one to the next and not back to the buffer's own node.
+        writes = [at for storage in graph.measures[node.name].storages for at in writers.get(storage, ())]
+        uses = [*writes, *(positions[user] for user in node.users if user in positions)]
+        if writes:
+            spans.append(Span("buffer", str(node.target), min(uses), max(uses)))
+    return [span for span in spans if span.first < span.last]
 
 
 def ended_modules(node: fx.Node, following: fx.Node) -> tuple[str, ...]:

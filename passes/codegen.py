@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from autodecouple.graph import Graph, attribute, module_path, operations
 from autodecouple.passes.insert import ORIGIN, ROLE, STAGE
+from autodecouple.passes.vmaps import BODIES
 from autodecouple.plans import Plan
 
 
@@ -28,6 +29,7 @@ class StageCode:
     mask:        its name, if there is one
     draws:       whether the body takes the randomness
     written:     buffers that the body writes (BatchNorm statistics, counters), by name
+    overwrites:  inputs whose memory the body writes into
     origins:     names in the plan of values that were detached or copied at a cut, where they differ
     """
 
@@ -40,6 +42,7 @@ class StageCode:
     mask: str | None
     draws: bool
     written: tuple[str, ...]
+    overwrites: tuple[str, ...] = ()
     origins: Mapping[str, str] = field(default_factory=dict)
 
     def origin(self, name: str) -> str:
@@ -75,9 +78,16 @@ def on_device(arguments: Any, device: torch.device) -> Any:
 
 def rehome(code: StageCode, device: torch.device) -> None:
     """Let the devices that tracing baked into a stage's body be this one."""
-    for node in code.body.graph.nodes:
-        node.args, node.kwargs = on_device(node.args, device), on_device(node.kwargs, device)
+    _rehome(code.body.graph, device)
     code.body.recompile()
+
+
+def _rehome(graph: fx.Graph, device: torch.device) -> None:
+    for node in graph.nodes:
+        node.args, node.kwargs = on_device(node.args, device), on_device(node.kwargs, device)
+        for body in node.meta.get(BODIES, ()):
+            _rehome(body.graph, device)
+            body.recompile()
 
 
 def parameter_stages(graph: Graph, plan: Plan) -> dict[str, int]:
@@ -89,6 +99,10 @@ def parameter_stages(graph: Graph, plan: Plan) -> dict[str, int]:
         if stages:
             homes[str(node.target)] = min(stages)
     return homes
+
+
+def _is_randomness(node: fx.Node) -> bool:
+    return node.meta.get(ROLE) == "randomness"
 
 
 class _Splitter:
@@ -115,14 +129,15 @@ class _Splitter:
         inputs = self._outside(body)
         return StageCode(
             body=self._body(index, body, inputs, outputs),
-            inputs=tuple(node.name for node in inputs if node.name != "randomness"),
+            inputs=tuple(node.name for node in inputs if not _is_randomness(node)),
             outputs=tuple(node.name for node in outputs),
             sends=tuple(node.name for node in sends),
             head=self.module.get_submodule(str(head.target)) if head is not None else None,
             head_inputs=tuple(node.name for node in reads),
             mask=mask.name if isinstance(mask, fx.Node) else None,
-            draws=any(node.name == "randomness" for node in inputs),
+            draws=any(map(_is_randomness, inputs)),
             written=self._written(body),
+            overwrites=self._overwrites(body, inputs),
             origins={node.name: node.meta[ORIGIN] for node in self.nodes if ORIGIN in node.meta},
         )
 
@@ -135,9 +150,7 @@ class _Splitter:
         return [node for node in self._values() if node in used and node.meta.get(STAGE, -1) <= index]
 
     def _values(self) -> list[fx.Node]:
-        placeholders = [
-            n for n in self.module.graph.find_nodes(op="placeholder") if n.name not in ("target", "randomness")
-        ]
+        placeholders = [n for n in self.module.graph.find_nodes(op="placeholder") if ROLE not in n.meta]
         return [*placeholders, *(node for node in self.nodes if ROLE not in node.meta)]
 
     def _outside(self, body: list[fx.Node]) -> list[fx.Node]:
@@ -145,7 +158,7 @@ class _Splitter:
         inside = set(body)
         used = {source for node in body for source in node.all_input_nodes}
         found = [n for n in self.module.graph.nodes if n in used and n not in inside and n.op != "get_attr"]
-        return sorted(found, key=lambda node: node.name == "randomness")
+        return sorted(found, key=_is_randomness)
 
     def _body(self, index: int, body: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]) -> fx.GraphModule:
         graph = fx.Graph()
@@ -158,8 +171,7 @@ class _Splitter:
                 if source not in copies:
                     copies[source] = graph.node_copy(source)
             copies[node] = graph.node_copy(node, lambda n: copies[n])
-        for node in graph.nodes:
-            node.args, node.kwargs = on_device(node.args, device), on_device(node.kwargs, device)
+        _rehome(graph, device)
         graph.output(tuple(copies[node] for node in outputs))
         root = {str(n.target): self._owned(n, index) for n in graph.find_nodes(op="get_attr")}
         return fx.GraphModule(root, graph, f"Stage{index}")
@@ -172,9 +184,18 @@ class _Splitter:
             return value.detach().to(device, copy=True)
         return value
 
+    def _writes(self, body: list[fx.Node]) -> set[int]:
+        """Memory that an operation of the body writes into."""
+        measures = self.graph.measures
+        return {s for node in body if node.name in measures for s in measures[node.name].writes}
+
+    def _overwrites(self, body: list[fx.Node], inputs: list[fx.Node]) -> tuple[str, ...]:
+        writes, measures = self._writes(body), self.graph.measures
+        names = {node.name: node.meta.get(ORIGIN, node.name) for node in inputs if not _is_randomness(node)}
+        return tuple(name for name, origin in names.items() if measures[origin].storages & writes)
+
     def _written(self, body: list[fx.Node]) -> tuple[str, ...]:
         """Buffers whose memory an operation of the body writes into."""
-        measures = self.graph.measures
-        writes = {s for node in body if node.name in measures for s in measures[node.name].writes}
+        measures, writes = self.graph.measures, self._writes(body)
         used = {source for node in body for source in node.all_input_nodes if source.op == "get_attr"}
         return tuple(sorted(str(node.target) for node in used if measures[node.name].storages & writes))

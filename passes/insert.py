@@ -16,15 +16,20 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from autodecouple.graph import Graph, attribute, operations
+from autodecouple.graph import LEAF, Graph, attribute, operations
+from autodecouple.passes.autocast import call_method, called
+from autodecouple.passes.vmaps import BODIES
 from autodecouple.plans import Cut, Plan
 
 aten = torch.ops.aten
 
+OURS = "autodecouple"
+"""Path of the heads and the criterion in the graph: a model may have `heads` and a `criterion` of its own."""
 STAGE = "autodecouple_stage"
 """Key in a node's meta: the index of its stage."""
 ROLE = "autodecouple_role"
-"""Key in a node's meta: "head" for what belongs to the stage's loss, else absent."""
+"""Key in a node's meta: "head" for what belongs to the stage's loss, "target" and "randomness" for the inputs that are
+not the model's, else absent."""
 ORIGIN = "autodecouple_origin"
 """Key in the meta of a detached or copied value: the name under which the plan knows it."""
 
@@ -61,8 +66,8 @@ def insert_heads(graph: Graph, plan: Plan, heads: Sequence[nn.Module | None], cr
     outputs = work.output_node().args[0]
     work.output_node().args = ((tuple(losses), outputs),)
     root: dict[str, Any] = {str(n.target): attribute(graph.train, n) for n in work.find_nodes(op="get_attr")}
-    root |= {f"heads.{index}": head for index, head in enumerate(heads) if head is not None}
-    module = fx.GraphModule(root | {"criterion": criterion}, work, "Decoupled")
+    root |= {f"{OURS}.heads.{index}": head for index, head in enumerate(heads) if head is not None}
+    module = fx.GraphModule(root | {f"{OURS}.criterion": criterion}, work, "Decoupled")
     module.graph.lint()
     return module
 
@@ -73,12 +78,17 @@ def _add_output(graph: Graph, work: fx.Graph, copies: dict[fx.Node, fx.Node]) ->
 
 
 def _add_inputs(work: fx.Graph) -> tuple[fx.Node, fx.Node]:
-    """Placeholders for the target and the randomness, after the model's own."""
-    placeholders = work.find_nodes(op="placeholder")
-    with work.inserting_after(list(placeholders)[-1]):
-        target = work.placeholder("target")
-    with work.inserting_after(target):
-        return target, work.placeholder("randomness")
+    """Placeholders for the target and the randomness, after the model's own, which may have the same names."""
+    last = list(work.find_nodes(op="placeholder"))[-1]
+    added = []
+    for name in ("target", "randomness"):
+        with work.inserting_after(last):
+            last = work.placeholder(name)
+        last.target = last.name
+        last.meta[ROLE] = name
+        added.append(last)
+    target, randomness = added
+    return target, randomness
 
 
 def _branch(
@@ -87,7 +97,8 @@ def _branch(
     """The head beside the cut: (loss, the signal it passes on)."""
     mask = _token_mask(work, index, cut, by_name)
     kwargs: dict[str, Any] = {} if mask is None else {"mask": mask}
-    head = work.call_module(f"heads.{index}", (by_name[cut.features], signal), kwargs)
+    features = [by_name[name] for name in cut.features]
+    head = work.call_module(f"{OURS}.heads.{index}", (*features, signal), kwargs)
     loss = work.call_function(operator.getitem, (head, 0))
     encoded = work.call_function(operator.getitem, (head, 1))
     for node in (head, loss, encoded):
@@ -112,11 +123,11 @@ def _token_mask(work: fx.Graph, index: int, cut: Cut, by_name: dict[str, fx.Node
 def _cross(work: fx.Graph, index: int, cut: Cut, by_name: dict[str, fx.Node]) -> None:
     """Detach and copy what crosses; the later stages use the result.
 
-    Coupled features are copied by the next stage: what it receives is a leaf, which nothing may write into.
+    Coupled values are copied by the next stage: what it receives is a leaf, which nothing may write into.
     """
     for spec in cut.crossing:
-        coupled = spec.name == cut.features and not cut.detached
-        steps = [aten.detach.default] if spec.name == cut.features and cut.detached else []
+        coupled = spec.name in cut.carrying and not cut.detached
+        steps = [aten.detach.default] if spec.name in cut.carrying and cut.detached else []
         steps += [aten.clone.default] if spec.name in cut.copied else []
         old = by_name[spec.name]
         later = [user for user in old.users if user.op == "output" or user.meta[STAGE] > index]
@@ -134,9 +145,9 @@ def _criterion(work: fx.Graph, index: int, signal: fx.Node) -> fx.Node:
     (outputs,) = work.output_node().args
     assert isinstance(outputs, tuple)
     computed = [leaf for leaf in outputs if isinstance(leaf, fx.Node)]  # the criterion knows the constants
-    called = work.call_module("criterion", (*computed, signal))
-    loss = work.call_function(operator.getitem, (called, 0))
-    for node in (called, loss):
+    compared = work.call_module(f"{OURS}.criterion", (*computed, signal))
+    loss = work.call_function(operator.getitem, (compared, 0))
+    for node in (compared, loss):
         node.meta |= {STAGE: index, ROLE: "head"}
     loss._rename(f"loss_{index}")
     return loss
@@ -147,27 +158,29 @@ def _key_randomness(work: fx.Graph, randomness: fx.Node) -> None:
     for node in operations(work):
         if not draws(node):
             continue
-        if node.target is aten.dropout.default:
-            x, p = node.args[:2]
-            node.op, node.target, node.args = "call_method", "dropout", (randomness, x, p, node.name)
-        elif node.target is aten.scaled_dot_product_attention.default:
-            node.op, node.target, node.args = "call_method", "attention", (randomness, node.name, *node.args)
+        operation, args = (node.args[0], node.args[1:]) if LEAF in node.meta else called(node)
+        if operation is aten.dropout.default:
+            call_method(node, "dropout", (randomness, *args[:2], node.name))
+        elif operation is aten.scaled_dot_product_attention.default:
+            call_method(node, "attention", (randomness, node.name, *args))
         else:
-            assert not isinstance(node.target, str)
-            operation: Any = node.target
-            node.op, node.args = "call_method", (randomness, operation, node.name, *node.args)
-            node.target = "seeded"
+            call_method(node, "seeded", (randomness, operation, node.name, *args))
 
 
 def draws(node: fx.Node) -> bool:
     """Whether an operation draws random numbers with the arguments it has here."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if LEAF in node.meta:
+        return bool(node.meta[LEAF].sight.draws)
+    if BODIES in node.meta:
+        return any(draws(inner) for body in node.meta[BODIES] for inner in operations(body.graph))
+    operation, args = called(node)
+    if not isinstance(operation, torch._ops.OpOverload):
         return False
-    if torch.Tag.nondeterministic_seeded not in node.target.tags:
+    if torch.Tag.nondeterministic_seeded not in operation.tags:
         return False
-    names = [argument.name for argument in node.target._schema.arguments]
-    defaults = {a.name: a.default_value for a in node.target._schema.arguments if a.has_default_value()}
-    given = defaults | dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    names = [argument.name for argument in operation._schema.arguments]
+    defaults = {a.name: a.default_value for a in operation._schema.arguments if a.has_default_value()}
+    given = defaults | dict(zip(names, args, strict=False)) | dict(node.kwargs)
     probability = next((given[name] for name in ("p", "dropout", "dropout_p") if name in given), 1.0)
     training = next((given[name] for name in ("train", "training") if name in given), True)
     return probability != 0 and training is not False
@@ -176,4 +189,4 @@ def draws(node: fx.Node) -> bool:
 def drawn_in_kernels(graph: fx.Graph) -> list[fx.Node]:
     """Operations that draw from the default generator inside their kernel: one stage at a time may do so."""
     keyed = (aten.dropout.default, aten.scaled_dot_product_attention.default)
-    return [node for node in operations(graph) if draws(node) and node.target not in keyed]
+    return [node for node in operations(graph) if draws(node) and called(node)[0] not in keyed]

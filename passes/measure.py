@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+import functools
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +16,13 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from autodecouple.graph import Graph, Measure, attribute, dtype_from, spec_of
+from autodecouple.graph import LEAF, Graph, attribute, dtype_from, spec_of
+from autodecouple.objectives.gather import gathered_head
 from autodecouple.objectives.objective import Objective
+from autodecouple.passes.flops import flop_counter
+from autodecouple.passes.lifetimes import Footprint, Measured
+from autodecouple.passes.profile import PeakMemory, Profile, Profiler, Workspaces, keyed
 from autodecouple.plans import TensorSpec
 
 aten = torch.ops.aten
@@ -27,63 +31,47 @@ aten = torch.ops.aten
 def annotate(graph: Graph) -> Graph:
     """Fill in the measures of every node at the example batch.
 
-    FLOPs follow torch's flop counter (a multiply-add is two), extended to the fused attention and recurrent kernels
-    of the CPU, which it counts as nothing.
+    FLOPs follow torch's flop counter (see `flop_counter`), memory what autograd saves; operations that draw random
+    numbers count as training runs them, with keyed ones.
     """
     return dataclasses.replace(graph, measures=_FakeRun(graph).measures())
 
 
 @dataclass(frozen=True)
 class HeadCost:
-    """Of one head at the example batch: FLOPs of forward and backward, parameters and the memory they take."""
+    """Of one head at the example batch: FLOPs of forward and backward, parameters and the memory they take.
+
+    largest_bytes: of its largest parameter
+    peak_bytes:    most that loss and backward take beside parameters and features, gradients of both included
+    """
 
     flops: int
     num_parameters: int
     parameter_bytes: int
+    largest_bytes: int = 0
+    peak_bytes: int = 0
 
 
-def head_cost(objective: Objective, features: TensorSpec, signal: TensorSpec) -> HeadCost:
-    """Build the objective's head on fake tensors and count one training step of it."""
+def head_cost(objective: Objective, features: Sequence[TensorSpec], signal: TensorSpec) -> HeadCost:
+    """Build the objective's head on fake tensors and count one training step of it; the same is counted once."""
+    if isinstance(objective, Hashable):
+        return _head_cost(objective, tuple(features), signal)
+    return _head_cost.__wrapped__(objective, tuple(features), signal)
+
+
+@functools.lru_cache(maxsize=4096)
+def _head_cost(objective: Objective, features: tuple[TensorSpec, ...], signal: TensorSpec) -> HeadCost:
     with torch.inference_mode(False), torch.enable_grad(), FakeTensorMode(), torch.random.fork_rng(devices=[]):
-        head = objective.head(features, signal)
-        h = torch.empty(features.shape, dtype=dtype_from(features.dtype), requires_grad=True)
+        head = gathered_head(objective, features, signal)
+        read = [torch.empty(f.shape, dtype=dtype_from(f.dtype), requires_grad=True) for f in features]
         target = torch.zeros(signal.shape, dtype=dtype_from(signal.dtype))
-        with flop_counter() as counter:
-            loss, _ = head(h, target)
+        with flop_counter() as counter, PeakMemory() as memory:
+            loss, _ = head(*read, target)
             loss.backward()
         parameters = list(head.parameters())
-    return HeadCost(
-        counter.get_total_flops(),
-        sum(p.numel() for p in parameters),
-        sum(p.numel() * p.element_size() for p in parameters),
-    )
-
-
-def flop_counter() -> FlopCounterMode:
-    """torch's counter, with formulas for the kernels that it does not know."""
-    return FlopCounterMode(display=False, custom_mapping=_formulas())
-
-
-def _formulas() -> dict[Any, Callable[..., int]]:
-    def attention(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
-        return int(sdpa_flop_count(q, k, v))
-
-    def attention_backward(grad: Any, q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
-        return int(sdpa_backward_flop_count(grad, q, k, v))
-
-    def recurrent(x: Any, w_input: Any, w_hidden: Any, *args: Any, **kwargs: Any) -> int:
-        # every step of every row multiplies once with both weight matrices
-        return int(2 * x[0] * x[1] * (w_input[0] * w_input[1] + w_hidden[0] * w_hidden[1]))
-
-    def recurrent_backward(*args: Any, **kwargs: Any) -> int:
-        return 2 * recurrent(*args)
-
-    return {
-        aten._scaled_dot_product_flash_attention_for_cpu: attention,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
-        aten.mkldnn_rnn_layer: recurrent,
-        aten.mkldnn_rnn_layer_backward: recurrent_backward,
-    }
+    sizes = [p.numel() * p.element_size() for p in parameters]
+    count = sum(p.numel() for p in parameters)
+    return HeadCost(counter.get_total_flops(), count, sum(sizes), max(sizes, default=0), memory.peak)
 
 
 class _FakeRun:
@@ -93,20 +81,24 @@ class _FakeRun:
         self.graph = graph
         self.mode = FakeTensorMode()
         self.values: dict[fx.Node, Any] = {}
-        self.measured: dict[fx.Node, Measure] = {}
+        self.measured: dict[fx.Node, Measured] = {}
         self.holders: dict[int, list[fx.Node]] = {}  # memory -> nodes whose value lives in it
-        self.backward_cache: dict[Any, int] = {}
+        self.profiler = Profiler(lambda node, args, kwargs: _call(graph.train, node, args, kwargs))
+        self.sizes: dict[int, int] = {}  # of the memory that was met
+        self.saved: set[int] = set()  # of it, what the model owns and what autograd has saved
+        self.saving: list[torch.Tensor] = []  # what autograd saves for the node that runs
+        self.alive: list[torch.Tensor] = []  # and for those before: the identity of freed memory would be used again
         self.batch_symbols = _batch_symbols(graph)
         self.rows = graph.num_rows
         self.guessed = False
 
-    def measures(self) -> Mapping[str, Measure]:
-        with torch.inference_mode(False), torch.enable_grad(), self.mode, flop_counter() as self.counter:
+    def measures(self) -> Mapping[str, Measured]:
+        with torch.inference_mode(False), torch.enable_grad(), self.mode, Workspaces():  # type: ignore[no-untyped-call]
             self._enter()
             for position, node in enumerate(self.graph.operations):
                 self._run(position, node)
         for node in self.measured.keys() - self._trained():  # nothing comes back to it: no backward
-            self.measured[node] = dataclasses.replace(self.measured[node], in_loss=False, backward_flops=())
+            self.measured[node] = self.measured[node].without_backward()
         return {node.name: measure for node, measure in self.measured.items()}
 
     def _trained(self) -> set[fx.Node]:
@@ -140,25 +132,23 @@ class _FakeRun:
             else:
                 continue
             # a parameter's `depends` is set where it is used: it has no position of its own
-            self._record(node, value, -1, frozenset())
+            self._record(node, value, -1, frozenset(), Profile())
+            self.saved |= self.measured[node].storages if node.op == "get_attr" else set()
 
     def _run(self, position: int, node: fx.Node) -> None:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.values[n])
-        before = self.counter.get_total_flops()
         value = self._value(node, args, kwargs)
-        flops = self.counter.get_total_flops() - before
         writes = written(node, lambda n: self.measured[n].storages)
         depends = max((self._depends(source, position) for source in node.all_input_nodes), default=-1)
-        self._record(node, value, position, writes, forward_flops=flops, depends=depends)
-        if flops:
-            terms = self._backward(node, args, kwargs, position)
-            self.measured[node] = dataclasses.replace(self.measured[node], backward_flops=terms)
+        profile = self.profiler.profile(node, args, kwargs, self._wanted(node, args, kwargs, position))
+        self._record(node, value, position, writes, profile, depends)
         self._propagate(writes, position, depends)
 
     def _value(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         """The node's result; where its size is known to the data only, one as large as the batch."""
         try:
-            return _call(self.graph.train, node, args, kwargs)
+            with torch.autograd.graph.saved_tensors_hooks(self.saving.append, _never):
+                return _call(self.graph.train, node, args, kwargs)
         except (DynamicOutputShapeException, DataDependentOutputException):
             self.guessed = True
         except Exception:  # sizes that were guessed need not fit each other: a FLOP less, but never a failure
@@ -184,26 +174,41 @@ class _FakeRun:
             return -1
         return position if source.op == "get_attr" else self.measured[source].depends
 
-    def _record(self, node: fx.Node, value: Any, position: int, writes: frozenset[int], **more: Any) -> None:
+    def _record(
+        self, node: fx.Node, value: Any, position: int, writes: frozenset[int], profile: Profile, depends: int = -1
+    ) -> None:
         self.values[node] = value
         tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
         storages = frozenset(map(storage_of, tensors))
-        fresh = [s for s in storages if s not in self.holders]
-        new_bytes = sum(
-            {storage_of(t): t.untyped_storage().nbytes() for t in tensors if storage_of(t) in fresh}.values()
-        )
+        footprint, newly_saved = self._footprint(tensors, profile)
         carries = any(tensor.requires_grad for tensor in tensors)
-        self.measured[node] = Measure(
+        self.measured[node] = Measured(
             position=position,
             value=spec_of(node.name, value, self._batch_dim(node)),
             gradient_since=position if carries else None,
             storages=storages,
             writes=writes,
-            activation_bytes=new_bytes if carries and position >= 0 else 0,
-            **more,
+            forward_flops=profile.forward_flops,
+            backward_flops=profile.backward_flops,
+            activation_bytes=newly_saved,
+            depends=depends,
+            footprint=footprint,
         )
         for storage in storages:
             self.holders.setdefault(storage, []).append(node)
+
+    def _footprint(self, tensors: list[torch.Tensor], profile: Profile) -> tuple[Footprint, int]:
+        """Of the node that has just run: which memory is new, what autograd keeps, and the bytes newly kept."""
+        kept, self.saving = self.saving, []
+        self.alive += kept
+        met = {storage_of(tensor): tensor.untyped_storage().nbytes() for tensor in (*tensors, *kept)}
+        born = tuple((storage, size) for storage, size in met.items() if storage not in self.sizes)
+        self.sizes.update(met)
+        saved = frozenset(map(storage_of, kept))
+        new = saved - self.saved
+        self.saved |= new
+        footprint = Footprint(born, saved, profile.forward_bytes, profile.backward_bytes)
+        return footprint, sum(self.sizes[storage] for storage in new)
 
     def _propagate(self, writes: frozenset[int], position: int, depends: int) -> None:
         """A write gives every view of that memory a gradient, and the writer's parameters."""
@@ -217,35 +222,15 @@ class _FakeRun:
                 measure, gradient_since=since, depends=max(measure.depends, depends) if node.op != "get_attr" else -1
             )
 
-    def _backward(self, node: fx.Node, args: Any, kwargs: Any, position: int) -> tuple[tuple[int, int], ...]:
-        """(threshold, FLOPs) pairs: what each further input gradient adds, the latest-born input first."""
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        nodes = pytree.tree_leaves((node.args, node.kwargs), is_leaf=lambda x: isinstance(x, fx.Node))
+    def _wanted(self, node: fx.Node, args: Any, kwargs: Any, position: int) -> dict[int, list[int]]:
+        """The flat inputs that take a gradient, by the threshold from which they do: the latest-born first."""
+        leaves = pytree.tree_leaves((args, kwargs))
+        named = fx.node.map_arg((node.args, node.kwargs), lambda n: pytree.tree_map(lambda _: n, self.values[n]))
         wanted: dict[int, list[int]] = {}
-        for index, (leaf, source) in enumerate(zip(leaves, nodes, strict=True)):
+        for index, (leaf, source) in enumerate(zip(leaves, pytree.tree_leaves(named), strict=True)):
             if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
                 wanted.setdefault(self._depends(source, position), []).append(index)
-        terms: list[tuple[int, int]] = []
-        chosen: list[int] = []
-        for threshold in sorted(wanted, reverse=True):
-            chosen += wanted[threshold]
-            spent = sum(flops for _, flops in terms)
-            terms.append((threshold, self._backward_flops(node, leaves, spec, tuple(sorted(chosen))) - spent))
-        return tuple(terms)
-
-    def _backward_flops(self, node: fx.Node, leaves: list[Any], spec: Any, wanted: tuple[int, ...]) -> int:
-        """Run the node once more with only the `wanted` inputs requiring gradients, and count its backward."""
-        key = (node.target, wanted, tuple(_signature(leaf) for leaf in leaves))
-        if key not in self.backward_cache:
-            fresh = [_detached(leaf, index in wanted) for index, leaf in enumerate(leaves)]
-            args, kwargs = pytree.tree_unflatten(fresh, spec)
-            outputs = [o for o in pytree.tree_leaves(_call(self.graph.train, node, args, kwargs)) if _has_grad(o)]
-            before = self.counter.get_total_flops()
-            torch.autograd.grad(
-                outputs, [fresh[i] for i in wanted], [torch.ones_like(o) for o in outputs], allow_unused=True
-            )
-            self.backward_cache[key] = self.counter.get_total_flops() - before
-        return self.backward_cache[key]
+        return dict(sorted(wanted.items(), reverse=True))
 
     def _batch_dim(self, node: fx.Node) -> int | None:
         """The dimension whose size is exactly the batch's."""
@@ -265,25 +250,18 @@ def _batch_symbols(graph: Graph) -> set[str]:
 
 def _call(module: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:
     if node.op == "call_function":
-        assert callable(node.target)
-        return node.target(*args, **kwargs)
+        return keyed(node, node.target)(*args, **kwargs)
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     return module.get_submodule(str(node.target))(*args, **kwargs)
 
 
-def _signature(leaf: Any) -> Any:
-    return (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else repr(leaf)
-
-
-def _detached(leaf: Any, wanted: bool) -> Any:
-    if not isinstance(leaf, torch.Tensor):
-        return leaf
-    return leaf.detach().clone().requires_grad_(wanted)
-
-
 def _has_grad(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def _never(_: Any) -> Any:
+    raise AssertionError("no backward of the whole model is run")
 
 
 def storage_of(tensor: torch.Tensor) -> int:
@@ -296,6 +274,8 @@ _BATCH_NORMS = (aten.batch_norm.default, aten.instance_norm.default)
 
 def written(node: fx.Node, storages: Callable[[fx.Node], Iterable[int]]) -> frozenset[int]:
     """Memory that a node writes into, by its operator's schema."""
+    if LEAF in node.meta:
+        return frozenset(storage for source in node.meta[LEAF].written(node) for storage in storages(source))
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return frozenset()

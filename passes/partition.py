@@ -6,6 +6,7 @@ one is taken that cuts at module boundaries and moves the fewest bytes.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,7 +43,7 @@ def choose_cuts(
     legal = [candidate for candidate in candidates if candidate.cut is not None]
     costs = StageCosts(graph, legal)
     count = n_stages + (classifier is not None)
-    _check_possible(count, legal, costs.most_stages())
+    _check_possible(count, candidates, costs.most_stages(), graph.warnings)
     bodies = [costs.table(stage, objectives, memory_limit) for stage in range(count)]
     if classifier is not None:
         last = [candidate.node for candidate in legal].index(classifier)
@@ -159,13 +160,17 @@ def check_n_stages(n_stages: object) -> None:
         raise PartitionError(f"n_stages must be a positive integer, not {n_stages!r}")
 
 
-def _check_possible(n_stages: int, legal: Sequence[Candidate], most: int) -> None:
+def _check_possible(n_stages: int, candidates: Sequence[Candidate], most: int, notes: Sequence[str]) -> None:
     if most == 0:
         raise PartitionError("the model's forward uses no trainable parameter: there is nothing to train")
     if n_stages > most:
+        legal = [candidate for candidate in candidates if candidate.cut is not None]
+        reasons = Counter(c.reason for c in candidates if c.cut is None and c.twin is None)
+        elsewhere = f" Elsewhere, mostly: {reasons.most_common(1)[0][0]}." if reasons else ""
         raise PartitionError(
             f"n_stages={n_stages}, but the legal cuts allow at most {most} stages with something to train each. Legal"
-            f" cuts: {_describe(legal)}. `autodecouple cuts` says why there is none elsewhere."
+            f" cuts: {_describe(legal)}.{elsewhere} `autodecouple cuts` says why at every place."
+            + "".join(f"\n  note: {note}" for note in notes)  # such as what runs whole
         )
 
 
@@ -188,7 +193,8 @@ def _impossible(
 
 
 def _preference(candidate: Candidate) -> int:
-    """Module boundaries first, the outermost best; then the fewest bytes."""
+    """Few tensors that carry a gradient first; then module boundaries, the outermost best; then few bytes."""
     assert candidate.cut is not None
     depth = candidate.module.count(".") + 1 if candidate.module else 16
-    return min(depth, 16) * 2**44 + min(candidate.cut.num_bytes, 2**44 - 1)
+    order = len(candidate.cut.carrying) * 16 + min(depth, 16)
+    return order * 2**40 + min(candidate.cut.num_bytes, 2**40 - 1)  # the sum over all cuts stays below FORBIDDEN

@@ -6,73 +6,114 @@ user's own parameter objects and in-place operations, and leaves the batch dynam
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import inspect
-import linecache
-import os
-import traceback
-import warnings
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from autodecouple.errors import InputError, TraceError
-from autodecouple.graph import Graph, device_of, dtype_name, is_free, spec_of
-from autodecouple.passes import verify
-from autodecouple.passes.recurrent import shape_only
+from autodecouple.graph import Graph, device_of, is_free, spec_of
+from autodecouple.passes import surroundings, verify
+from autodecouple.passes.bind import as_call, bind
+from autodecouple.passes.export import Example, Export, backward_hooks
 from autodecouple.plans import TensorSpec
 
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+MODES = ("train", "eval")
 
 
-def capture(model: nn.Module, example_inputs: Any) -> Graph:
+def capture(model: nn.Module, example_inputs: Any, *, mode: str = "train", dynamic: Sequence[int] = ()) -> Graph:
     """Capture `model` in train and evaluation mode, and check both against the original.
 
     example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs; dimension 0 is the batch.
     Tensors on the meta device do: then nothing is computed, and the check is left out.
+    mode: "eval" trains the model as it evaluates, without dropout and the like: for models whose training mode no
+    graph can hold; dynamic: further dimensions of the inputs that may differ from batch to batch, (1,) for the length
+    of sequences.
     Raises TraceError, with the user's file:line and the ways out, where the model cannot be captured; what the model
     itself raises on the example passes through.
     """
-    args, kwargs = as_call(example_inputs)
-    leaves, in_spec = pytree.tree_flatten((args, kwargs))
+    if mode not in MODES:
+        raise InputError(f'mode must be "train" or "eval", not {mode!r}')
+    with surroundings.neutral(), surroundings.quiet(), surroundings.held(surroundings.cache_settings(model)):
+        example = _example(example_inputs, dynamic)
+        graph = _capture(model, example, training=mode == "train")
+        if example.is_real and device_of(model).type != "meta":
+            notes = _verify(graph, example, training=mode == "train")
+            graph = dataclasses.replace(graph, warnings=(*graph.warnings, *notes))
+        return graph
+
+
+def _verify(graph: Graph, example: Example, *, training: bool) -> tuple[str, ...]:
+    """Compare with the original on two rows, which show all that many would, or on the whole example if those fail."""
+    batched = {spec.name for spec in graph.inputs if spec.batch_dim == 0}
+    names = [node.name for node in graph.train.graph.find_nodes(op="placeholder")]
+    few = [leaf[:2] if name in batched else leaf for name, leaf in zip(names, example.leaves, strict=True)]
+    try:
+        return verify.matches_original(graph, *example.call(few), training=training)
+    except TraceError:
+        raise
+    except Exception:  # rows in groups, say; what the model raises on its example comes again
+        return verify.matches_original(graph, *example.call(), training=training)
+
+
+def _example(inputs: Any, dynamic: Sequence[int]) -> Example:
+    leaves, in_spec = pytree.tree_flatten(as_call(inputs))
     if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
-        raise InputError(f"example_inputs holds no tensor: {example_inputs!r}; pass one batch, like (x,)")
-    real = not any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in leaves) and not _is_meta(model)
-    with _neutral():
-        leaves = _widen([_normal(leaf) for leaf in leaves])
-    with _neutral(), shape_only(), _mode(model, training=True):
-        train, out_spec = _export(model, leaves, in_spec)
-    inputs, constants, notes = _describe(train, leaves)
+        raise InputError(f"example_inputs holds no tensor: {inputs!r}; pass one batch, like (x,)")
+    example = Example(tuple(map(_normal, leaves)), in_spec, tuple(dict.fromkeys(dynamic)))
+    for dim in example.dynamic:
+        if dim < 1 or all(dim >= tensor.ndim for tensor in example.tensors):
+            raise InputError(f"dynamic={tuple(dynamic)} names dimension {dim}, but {_dims(example)}; the batch is 0")
+    return dataclasses.replace(example, leaves=tuple(_widen(list(example.leaves), example.num_rows)))
+
+
+def _dims(example: Example) -> str:
+    most = max(tensor.ndim for tensor in example.tensors)
+    return f"no input has more than {most} dimensions, 0 to {most - 1}"
+
+
+def _capture(model: nn.Module, example: Example, *, training: bool) -> Graph:
+    with surroundings.mode(model, training=training):
+        export = Export(model, example, backward_hooks(model))
+        train, out_spec = export.run()
+        notes = [*_whole_notes(export.whole), *export.notes]
+    inputs, constants, fixed = _describe(train, example)
+    notes = [*([] if training else [_lost_note(model)]), *notes, *fixed]
     evaluation: fx.GraphModule | None = None
     try:
-        with _neutral(), shape_only(), _mode(model, training=False):
-            evaluation, _ = _export(model, leaves, in_spec)
+        with surroundings.mode(model, training=False):
+            evaluation, _ = Export(model, example, dict(export.whole)).run()
     except TraceError as error:
         notes.append(f"evaluation runs the model itself, on one device: its evaluation mode was not captured ({error})")
-    graph = Graph(model, train, evaluation, inputs, constants, in_spec, out_spec, warnings=tuple(notes))
-    if real:
-        with _neutral():
-            verify.matches_original(graph, *pytree.tree_unflatten(leaves, in_spec))
-    return graph
+    return Graph(model, train, evaluation, inputs, constants, example.in_spec, out_spec, warnings=tuple(notes))
 
 
-def as_call(inputs: Any) -> Inputs:
-    """(args, kwargs) of a call, from a tensor, a tuple or list of positional inputs, or a dict of keyword inputs."""
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    if isinstance(inputs, (tuple, list)):
-        return tuple(inputs), {}
-    return (inputs,), {}
+def _whole_notes(whole: dict[str, str]) -> list[str]:
+    """One note per reason."""
+    found: dict[str, list[str]] = {}
+    for path, reason in whole.items():
+        found.setdefault(reason, []).append(path)
+    return [
+        f"{', '.join(paths[:3])}{f' and {len(paths) - 3} more' if len(paths) > 3 else ''} run"
+        f"{'s' * (len(paths) == 1)} whole, with no cut inside: {reason}"
+        for reason, paths in found.items()
+    ]
 
 
-def _is_meta(model: nn.Module) -> bool:
-    return device_of(model).type == "meta"
+def _lost_note(model: nn.Module) -> str:
+    """What training in evaluation mode leaves out, by the classes of modules that ask for the mode."""
+    words = ("drop", "batchnorm", "noise")
+    acting = (m for m in model.modules() if getattr(m, "p", None) != 0)
+    kinds = Counter(type(m).__name__ for m in acting if any(word in type(m).__name__.lower() for word in words))
+    lost = ", ".join(f"{count} {name}" for name, count in kinds.items()) or "whatever depends on model.training"
+    return (
+        f'mode="eval": the stages train the model as it evaluates; without their training behaviour are {lost}'
+        " (no dropout, no statistics of the batch)"
+    )
 
 
 def _normal(leaf: Any) -> Any:
@@ -80,228 +121,60 @@ def _normal(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, torch.Tensor) and leaf.is_inference() else leaf
 
 
-def _widen(leaves: list[Any]) -> list[Any]:
+def _widen(leaves: list[Any], rows: int | None) -> list[Any]:
     """Two rows where the batch has one: export would take a batch of 1 for a constant.
 
     One row beside a larger batch is not widened: it broadcasts.
     """
-    if _num_rows(leaves) != 1:
+    if rows != 1:
         return leaves
     return [torch.cat([x, x]) if isinstance(x, torch.Tensor) and x.ndim and len(x) == 1 else x for x in leaves]
 
 
-def _num_rows(leaves: list[Any]) -> int | None:
-    """Rows of the batch: those of the first tensor that has any."""
-    return next((len(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim), None)
-
-
-@contextlib.contextmanager
-def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Put the model into one mode for a while; parts that the user froze with .eval() stay frozen in training."""
-    before = {module: module.training for module in model.modules()}
-    try:
-        if not training or not model.training:
-            model.train(training)
-        yield
-    finally:
-        for module, flag in before.items():
-            module.training = flag
-
-
-@contextlib.contextmanager
-def _neutral() -> Iterator[None]:
-    """Export in a neutral state: the caller's autocast and no_grad must not be baked into the graph."""
-    with warnings.catch_warnings(), torch.inference_mode(False), torch.enable_grad(), contextlib.ExitStack() as stack:
-        warnings.simplefilter("ignore")
-        for kind in {"cpu", "cuda"} if torch.cuda.is_available() else {"cpu"}:
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
-
-
-def _export(model: nn.Module, leaves: list[Any], in_spec: Any) -> tuple[fx.GraphModule, Any]:
-    leaves = _fake(leaves, device_of(model))
-    args, kwargs = pytree.tree_unflatten(leaves, in_spec)
-    dynamic = [{0: Dim.AUTO} if isinstance(leaf, torch.Tensor) and leaf.ndim else None for leaf in leaves]
-    failure: Exception | None = None
-    try:
-        with _spelled_out(model, kwargs) as signature:
-            # the form that export wants: names as in the signature, *args and **kwargs under theirs
-            shapes, named = pytree.tree_unflatten(dynamic, in_spec)
-            by_name = dict(signature.bind(*shapes, **named).arguments)
-            program = torch.export.export(model, args, kwargs, dynamic_shapes=by_name, strict=False)
-    except Exception as error:
-        failure = error
-    if failure is not None:
-        _try_original(model, args, kwargs)  # not in the handler: its own error stands alone, without torch's in front
-        raise _explain(model, failure) from failure
-    module = program.module(check_guards=False)
-    assert isinstance(module, fx.GraphModule)
-    _drop_checks(module)
-    return module, program.call_spec.out_spec
-
-
-def _fake(leaves: list[Any], device: torch.device) -> list[Any]:
-    """Meta tensors become fake tensors of the model's device: export needs a device, and no memory."""
-    if device.type == "meta" or not any(isinstance(x, torch.Tensor) and x.is_meta for x in leaves):
-        return leaves
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        return [
-            torch.empty(x.shape, dtype=x.dtype, device=device) if isinstance(x, torch.Tensor) else x for x in leaves
-        ]
-
-
-@contextlib.contextmanager
-def _spelled_out(model: nn.Module, kwargs: dict[str, Any]) -> Iterator[inspect.Signature]:
-    """The forward's signature; keyword inputs that its **kwargs catches become parameters for a while.
-
-    torch 2.13 checks their dynamic shapes once below the name of **kwargs and once beside it: no form passes both.
-    """
-    signature = inspect.signature(model.forward)
-    known = list(signature.parameters.values())
-    extra = [name for name in kwargs if name not in signature.parameters]
-    if not extra or known[-1].kind is not inspect.Parameter.VAR_KEYWORD or "forward" in vars(model):
-        yield signature
-        return
-    added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in extra]
-    original = model.forward
-
-    @functools.wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return original(*args, **kwargs)
-
-    forward.__signature__ = signature.replace(parameters=[*known[:-1], *added])  # type: ignore[attr-defined]
-    object.__setattr__(model, "forward", forward)
-    try:
-        yield inspect.signature(forward)
-    finally:
-        object.__delattr__(model, "forward")
-
-
-def _drop_checks(module: fx.GraphModule) -> None:
-    """Remove what only asserts: it bakes devices and sizes and computes nothing."""
-    checks = (
-        "_assert_tensor_metadata",
-        "_assert_scalar",
-        "sym_constrain_range",
-        "sym_constrain_range_for_size",
-        "_assert_async",
-    )
-    for node in reversed(list(module.graph.nodes)):
-        name = getattr(node.target, "_opname", "") or getattr(node.target, "__name__", "")
-        if node.op == "call_function" and not node.users and name.split(".")[0] in checks:
-            module.graph.erase_node(node)
-    module.recompile()
-
-
-def _describe(train: fx.GraphModule, leaves: list[Any]) -> tuple[tuple[TensorSpec, ...], dict[str, object], list[str]]:
+def _describe(train: fx.GraphModule, example: Example) -> tuple[tuple[TensorSpec, ...], dict[str, object], list[str]]:
     """Input specs, inputs that are constants, and what to tell the user about them.
 
     The batch is the dimension 0 that all inputs share which are free and as long as the first of them; what is free
     and of another length (a bank of keys) is kept to the length it has.
     """
     placeholders = train.graph.find_nodes(op="placeholder")
-    tensors = [(node, leaf) for node, leaf in zip(placeholders, leaves, strict=True) if isinstance(leaf, torch.Tensor)]
-    constants = {
-        node.name: leaf for node, leaf in zip(placeholders, leaves, strict=True) if not isinstance(leaf, torch.Tensor)
-    }
+    named = list(zip(placeholders, example.leaves, strict=True))
+    constants = {node.name: leaf for node, leaf in named if not isinstance(leaf, torch.Tensor)}
+    tensors = [(node, leaf) for node, leaf in named if isinstance(leaf, torch.Tensor)]
     free = {node: len(leaf) for node, leaf in tensors if leaf.ndim and is_free(node.meta["val"].shape[0])}
     batch = next(iter(free.values()), None)
-    specs = [spec_of(node.name, leaf, 0 if node in free and free[node] == batch else None) for node, leaf in tensors]
-    fixed = [(node.name, len(leaf)) for node, leaf in tensors if leaf.ndim and len(leaf) == _num_rows(leaves)]
-    notes = [
-        f"input {name!r} is fixed to {rows} rows, so a smaller last batch will be refused: the model uses its batch"
-        " size as a number. Write x.shape[0] for a literal or len(x), and -1 in x.view(-1, ...)"
-        for name, rows in fixed
-        if not free
+    batched = {node for node, rows in free.items() if rows == batch}
+    symbols = {str(node.meta["val"].shape[0]) for node in batched}
+    specs, notes = [], []
+    for node, leaf in tensors:
+        spec = spec_of(node.name, leaf, 0 if node in batched else None)
+        assert spec is not None
+        sizes = node.meta["val"].shape
+        open_dims = [dim for dim in example.dynamic if dim < leaf.ndim and is_free(sizes[dim])]
+        dims = tuple(dim for dim in open_dims if str(sizes[dim]) not in symbols)
+        specs.append(dataclasses.replace(spec, free_dims=dims))
+        notes += _fixed_notes(node.name, leaf, example, dims)
+    if not free:
+        notes = [*_fixed_rows(tensors, example), *notes]
+    return tuple(specs), constants, notes
+
+
+def _fixed_rows(tensors: Sequence[tuple[fx.Node, torch.Tensor]], example: Example) -> list[str]:
+    return [
+        f"input {node.name!r} is fixed to {len(leaf)} rows, so a smaller last batch will be refused: the model uses its"
+        " batch size as a number. Write x.shape[0] for a literal or len(x), and -1 in x.view(-1, ...)"
+        for node, leaf in tensors
+        if leaf.ndim and len(leaf) == example.num_rows
     ]
-    return tuple(spec for spec in specs if spec is not None), constants, notes
 
 
-def _try_original(model: nn.Module, args: Any, kwargs: Any) -> None:
-    """What stops the model itself is not the capture's: let it through, with its own type and traceback."""
-    with verify.preserved(model), verify.seeded(), torch.no_grad(), verify.own_errors(model):
-        model(*args, **kwargs)
-
-
-def _explain(model: nn.Module, error: Exception) -> TraceError:
-    """Say which line of the user's stopped the capture, and what can be done about it."""
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    place = _user_line(error)
-    where = f"\n  at {place}" if place else ""
-    return TraceError(
-        f"cannot capture {type(model).__name__} as a graph: {type(error).__name__}: {first[:300]}{where}\n"
-        "  A graph needs the same operations for every batch. Ways out: replace Python control flow on tensor values"
-        " (`if tensor:`, `.item()`, loops over data) by tensor operations such as torch.where; pass options that"
-        " decide it as constants; or move that part out of the module, in front of it."
-    )
-
-
-def _user_line(error: BaseException) -> str:
-    """The innermost frame outside torch and this package, as file:line with its source."""
-    inside = (os.path.dirname(torch.__file__), os.path.dirname(os.path.abspath(__file__)))
-    frames = [
-        f for f in traceback.extract_tb(error.__traceback__) if not os.path.abspath(f.filename).startswith(inside)
+def _fixed_notes(name: str, leaf: torch.Tensor, example: Example, free: Sequence[int]) -> list[str]:
+    return [
+        f"input {name!r} is fixed to size {leaf.shape[dim]} in dimension {dim}, which dynamic= was to leave free: "
+        + ("a size of 1 in the example is taken for a constant" if leaf.shape[dim] == 1 else "the model ties it down")
+        for dim in example.dynamic
+        if dim < leaf.ndim and dim not in free
     ]
-    frames = [f for f in frames if not f.filename.startswith("<") and f"autodecouple{os.sep}" not in f.filename]
-    if not frames:
-        return ""
-    frame = frames[-1]
-    source = linecache.getline(frame.filename, frame.lineno or 0).strip()
-    return f"{frame.filename}:{frame.lineno}: {source}"
 
 
-def bind(graph: Graph, inputs: Any) -> list[Any]:
-    """Flat leaves of a batch in the graph's order; raises InputError where they do not fit the capture."""
-    args, kwargs = as_call(inputs)
-    _, names = graph.in_spec.children()
-    if set(kwargs) == set(names.context):
-        kwargs = {name: kwargs[name] for name in names.context}  # the order of a dict carries no meaning
-    leaves, spec = pytree.tree_flatten((args, kwargs))
-    if spec != graph.in_spec:
-        raise InputError(f"the model was captured with {_form(graph.in_spec)}, but got {_form(spec)}")
-    placeholders = graph.train.graph.find_nodes(op="placeholder")
-    known = {spec.name: spec for spec in graph.inputs}
-    for node, leaf in zip(placeholders, leaves, strict=True):
-        if node.name in known:
-            _check_tensor(known[node.name], leaf)
-        elif leaf != graph.constants[node.name]:
-            raise InputError(
-                f"input {node.name!r} is {leaf!r}, but the model was captured with {graph.constants[node.name]!r}:"
-                " inputs that are no tensors are part of the graph; compile again for another value"
-            )
-    _check_rows(graph, leaves)
-    return leaves
-
-
-def _form(spec: Any) -> str:
-    args, kwargs = spec.children()
-    parts = [f"{args.num_children} positional input{'s' * (args.num_children != 1)}"] if args.num_children else []
-    if kwargs.num_children:
-        parts.append(f"keyword inputs {', '.join(map(str, kwargs.context))}")
-    return " and ".join(parts) or "no inputs"
-
-
-def _check_tensor(spec: TensorSpec, leaf: Any) -> None:
-    if not isinstance(leaf, torch.Tensor):
-        raise InputError(f"input {spec.name!r} must be a tensor {spec}, but is {type(leaf).__name__}")
-    shape = tuple(leaf.shape)
-    fits = len(shape) == len(spec.shape) and all(
-        i == spec.batch_dim or size == expected
-        for i, (size, expected) in enumerate(zip(shape, spec.shape, strict=True))
-    )
-    if not fits or dtype_name(leaf.dtype) != spec.dtype:
-        raise InputError(f"input {spec} was captured, but got shape {shape} {dtype_name(leaf.dtype)}")
-    if spec.batch_dim is not None and shape[spec.batch_dim] == 0:
-        raise InputError(f"input {spec.name!r} has no rows: shape {shape}")
-
-
-def _check_rows(graph: Graph, leaves: list[Any]) -> None:
-    """Inputs that had the same number of rows at capture must have it now."""
-    rows: dict[int, tuple[str, int]] = {}
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    for spec, leaf in zip(graph.inputs, tensors, strict=True):
-        if spec.batch_dim is None:
-            continue
-        name, size = rows.setdefault(spec.shape[0], (spec.name, leaf.shape[0]))
-        if leaf.shape[0] != size:
-            raise InputError(f"input {spec.name!r} has {leaf.shape[0]} rows, but {name!r} has {size}")
+__all__ = ["as_call", "bind", "capture"]

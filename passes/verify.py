@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import nn
-from torch.utils import _pytree as pytree
+from torch import fx
 
-from autodecouple.errors import TraceError
-from autodecouple.graph import Graph, attribute
+from autodecouple.graph import Graph, attribute, operations
+from autodecouple.passes.agree import matches_original
 from autodecouple.passes.codegen import StageCode
+from autodecouple.passes.insert import ORIGIN, ROLE, STAGE
+from autodecouple.passes.rehearse import own_errors
+from autodecouple.passes.snapshot import preserved, seeded
 from autodecouple.plans import Plan
-
-
-def matches_original(graph: Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Run the original and the captures on the example, from the same random state, and compare; nothing is changed.
-
-    Raises TraceError naming the mode and the largest difference.
-    """
-    for training, module in ((True, graph.train), (False, graph.evaluation)):
-        if module is None:
-            continue
-        expected = _run(graph.model, graph.model, args, kwargs, training)
-        found = _run(graph.model, module, args, kwargs, training)
-        _compare(expected, found, "training" if training else "evaluation")
 
 
 def untrained_parameters(graph: Graph) -> list[str]:
@@ -35,6 +22,32 @@ def untrained_parameters(graph: Graph) -> list[str]:
     nodes = graph.train.graph.find_nodes(op="get_attr")
     reached = {id(attribute(graph.train, node)) for node in nodes if str(node.target) in graph.trained}
     return [name for name, p in graph.model.named_parameters() if p.requires_grad and id(p) not in reached]
+
+
+def plan_fits(graph: Graph, plan: Plan) -> None:
+    """The stages hold every operation once and in order, and all uses of a trained parameter lie in one of them."""
+    planned = [name for stage in plan.stages for name in stage.nodes]
+    assert planned == [node.name for node in graph.operations], "the stages are not the operations in their order"
+    assert [stage.index for stage in plan.stages] == list(range(len(plan.stages))), "stages are not counted from 0"
+    stage_of = {name: stage.index for stage in plan.stages for name in stage.nodes}
+    trained = graph.trained
+    for name, uses in graph.parameter_uses().items():
+        used = {stage_of[planned[position]] for position in uses}
+        assert name not in trained or len(used) <= 1, f"stages {sorted(used)} share the parameter {name!r}"
+
+
+def heads_fit(module: fx.GraphModule, graph: Graph, plan: Plan) -> None:
+    """In the graph with the plan in it, values only go to later stages, and across detached cuts without gradient."""
+    ends = {cut.after: graph.measures[cut.after].position for cut in plan.cuts}
+    for node in operations(module.graph):
+        for source in node.all_input_nodes:
+            if source.op in ("get_attr", "placeholder"):
+                continue
+            here, there = source.meta[STAGE], node.meta[STAGE]
+            assert here <= there, f"{node.name!r} in stage {there} reads {source.name!r} of stage {here}"
+            for cut in plan.cuts[here:there]:
+                held = not cut.detached or _is_free(source, graph, ends[cut.after])
+                assert held, f"{source.name!r} carries a gradient across the cut after {cut.after!r}"
 
 
 def stages_fit(codes: Sequence[StageCode], plan: Plan) -> None:
@@ -47,65 +60,28 @@ def stages_fit(codes: Sequence[StageCode], plan: Plan) -> None:
     assert all(count == 1 for count in owners.values()), "a parameter lives in two stages"
 
 
-def _run(model: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> Any:
-    args, kwargs = pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, (args, kwargs))
-    flags = {m: m.training for m in model.modules()}
-    # With gradients in evaluation too: without them nn.TransformerEncoder takes a kernel that fills padding with zeros.
-    with preserved(model), torch.enable_grad(), seeded():
-        try:
-            if not training or not model.training:
-                model.train(training)
-            with own_errors(model) if module is model else contextlib.nullcontext():
-                return module(*args, **kwargs)
-        finally:
-            for m, flag in flags.items():
-                m.training = flag
+def _is_free(value: fx.Node, graph: Graph, position: int) -> bool:
+    """Whether a value is without gradient at this position: by nature, or since the cut detached it.
+
+    The signal that a head passes on is the objective's to keep free.
+    """
+    if ROLE in value.meta:
+        return True
+    if value.target is torch.ops.aten.detach.default and ORIGIN in value.meta:
+        return True
+    if ORIGIN in value.meta and any(_is_free(source, graph, position) for source in value.all_input_nodes):
+        return True
+    measure = graph.measures.get(value.meta.get(ORIGIN, value.name))
+    return measure is None or not measure.carries_gradient(position)
 
 
-@contextlib.contextmanager
-def own_errors(model: nn.Module) -> Iterator[None]:
-    """Say of what the original raises that it was the original."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"raised by {type(model).__name__} itself, run as it is on the example inputs")
-        raise
-
-
-@contextlib.contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
-    """Give buffers their values back afterwards: a forward updates BatchNorm statistics."""
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in before:
-                buffer.copy_(value)
-
-
-@contextlib.contextmanager
-def seeded(seed: int = 0) -> Iterator[None]:
-    """Draw from a fixed random state for a while; the caller's comes back."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
-
-
-def _compare(expected: Any, found: Any, mode: str) -> None:
-    a, spec = pytree.tree_flatten(expected)
-    b, other = pytree.tree_flatten(found)
-    if spec != other:
-        raise TraceError(f"in {mode} mode the capture returns another structure than the model: {other} for {spec}")
-    for index, (x, y) in enumerate(zip(a, b, strict=True)):
-        if not isinstance(x, torch.Tensor):
-            continue
-        try:
-            torch.testing.assert_close(y, x, equal_nan=True)
-        except AssertionError as error:
-            raise TraceError(
-                f"in {mode} mode the captured graph differs from the model at output {index}: "
-                f"{' '.join(str(error).split())}. The forward probably depends on state outside its inputs, parameters"
-                " and buffers (Python counters, its own random generator)."
-            ) from error
+__all__ = [
+    "heads_fit",
+    "matches_original",
+    "own_errors",
+    "plan_fits",
+    "preserved",
+    "seeded",
+    "stages_fit",
+    "untrained_parameters",
+]

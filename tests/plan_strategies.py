@@ -33,7 +33,14 @@ def make_plan(
         for i, (lane, (forward, head, backward)) in enumerate(zip(lanes, flops, strict=True))
     )
     cuts = tuple(
-        Cut(f"node{i}", (TensorSpec(f"h{i}", (2, 8), "float32"),), f"h{i}", detached=detached[i], encodes=encodes[i])
+        Cut(
+            f"node{i}",
+            (TensorSpec(f"h{i}", (2, 8), "float32"),),
+            (f"h{i}",),
+            (f"h{i}",),
+            detached=detached[i],
+            encodes=encodes[i],
+        )
         for i in range(num_cuts)
     )
     return Plan(stages, cuts)

@@ -15,6 +15,7 @@ from autodecouple.errors import PartitionError
 from autodecouple.graph import Graph
 from autodecouple.objectives import SupCon
 from autodecouple.objectives.criterion import Criterion
+from autodecouple.objectives.gather import gathered_head
 from autodecouple.options import Loss, Wish
 from autodecouple.passes import verify
 from autodecouple.passes.candidates import Candidate
@@ -85,12 +86,14 @@ def build(model: nn.Module, inputs: Any, n_stages: int, loss: Loss = SMALL, devi
     plan = decided(graph, candidates, n_stages, loss, devices)
     heads = []
     for cut in plan.cuts:
-        features = cut.spec(cut.features)
+        features = [cut.spec(name) for name in cut.features]
         with verify.seeded(len(heads)):
-            heads.append(SMALL.head(features, graph.signal) if cut.detached else None)
+            heads.append(gathered_head(SMALL, features, graph.signal) if cut.detached else None)
     constants = {index: leaf for index, leaf in enumerate(graph.outputs) if not isinstance(leaf, fx.Node)}
     criterion = Criterion(lambda output, target: touch(output), graph.out_spec, constants)
     module = insert_heads(graph, plan, heads, criterion)
+    verify.plan_fits(graph, plan)
+    verify.heads_fit(module, graph, plan)
     codes = emit_stages(module, graph, plan)
     verify.stages_fit(codes, plan)
     return Built(model, graph, candidates, plan, module, codes)

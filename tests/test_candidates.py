@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from stage_builder import build
 from torch import Tensor, fx, nn
 
+from autodecouple.errors import CutError
 from autodecouple.graph import attribute
-from autodecouple.passes.candidates import Candidate
+from autodecouple.passes.candidates import Candidate, keep_whole
 from autodecouple.pipeline import analyse
 
 SWEEP = settings(max_examples=12, suppress_health_check=list(HealthCheck))
@@ -22,11 +23,12 @@ SLOW = settings(max_examples=120, suppress_health_check=list(HealthCheck))
 
 @dataclass
 class Seen:
-    """A value in a real run: whether it carries a gradient, its version and its memory, at one moment."""
+    """A value in a real run, at one moment: whether it carries a gradient, its version, its memory, its parameters."""
 
     carries: bool
     version: int
     memory: int
+    leads: frozenset[int]
 
 
 class Watch(fx.Interpreter):
@@ -47,11 +49,25 @@ class Watch(fx.Interpreter):
 
 
 def look(value: Tensor) -> Seen:
-    return Seen(value.requires_grad, value._version, value.untyped_storage().data_ptr())
+    return Seen(value.requires_grad, value._version, value.untyped_storage().data_ptr(), leads(value))
+
+
+def leads(value: Tensor) -> frozenset[int]:
+    """Ids of the leaves that autograd's own graph leads to from a value."""
+    found, waiting, known = set(), [value.grad_fn], set()
+    while waiting:
+        function = waiting.pop()
+        if function is None or function in known:
+            continue
+        known.add(function)
+        if hasattr(function, "variable"):
+            found.add(id(function.variable))
+        waiting += [following for following, _ in function.next_functions]
+    return frozenset(found)
 
 
 class Oracle:
-    """Legality by its definition: one tensor that carries a gradient crosses, and nothing is torn apart."""
+    """Legality by its definition: up to three tensors carry a gradient across, and nothing is torn apart."""
 
     def __init__(self, program: Program) -> None:
         self.model = program.model()
@@ -96,13 +112,11 @@ class Oracle:
                 return f"{name} is used on both sides"
         if any(not isinstance(self.four.values[name], Tensor | int | float) for name in crossing):
             return "tuple"
-        if len(carrying := self.carrying(position)) != 1:
+        if len(carrying := self.carrying(position)) not in (1, 2, 3):
             return f"{len(carrying)} carry"
         if max((use for name in self.trained for use in self.uses(name)), default=-1) <= position:
             return "nothing follows"
-        (features,) = carrying
-        a, b = self.four.values[features].shape, self.seven.values[features].shape
-        if len(a) not in (2, 3, 4, 5) or (4, 7) not in zip(a, b, strict=True):
+        if not any(map(self.readable, carrying)):
             return "no batch of vectors"
         now = self.four.moments[position]
         tensors = [name for name in crossing if name in now]
@@ -111,6 +125,28 @@ class Oracle:
             if len(shared) > 1 and any(self.written_later(other, position) for other in shared):
                 return "shared memory is written"
         return ""
+
+    def readable(self, name: str) -> bool:
+        a, b = self.four.values[name].shape, self.seven.values[name].shape
+        return len(a) >= 2 and (4, 7) in zip(a, b, strict=True)
+
+    def parameters(self, begin: int, position: int) -> set[int]:
+        """Ids of the trained parameters of a stage from one place to another."""
+        uses = {name: self.uses(name) for name in self.trained}
+        first = {name: min(at) for name, at in uses.items() if at}
+        return {id(self.model.get_parameter(name)) for name, at in first.items() if begin <= at <= position}
+
+    def check_reads(self, place: Candidate, carrying: set[str]) -> None:
+        """For every stage that could end here: what its head reads sees all that a head can see."""
+        seen = {name: self.four.moments[place.position][name].leads for name in carrying}
+        readable = frozenset[int]().union(*(seen[name] for name in carrying if self.readable(name)))
+        for begin in range(place.position + 1):
+            inside, features = self.parameters(begin, place.position), place.features(begin)
+            union = frozenset[int]().union(*(seen[name] for name in features))
+            assert inside & union == inside & readable, f"{features} of {carrying} from {begin}"
+            assert (begin <= place.blind) == bool(inside - readable)
+            for name in features[1:]:
+                assert inside & seen[name], f"{name} is read for nothing"
 
     def copied(self, position: int) -> set[str]:
         """What is written into later, or lies in a parameter or buffer."""
@@ -134,14 +170,16 @@ def check(program: Program) -> None:
             assert crossing == last, "a twin repeats the cut before it"
         if place.cut is not None:
             assert {spec.name for spec in place.cut.crossing} == crossing
-            assert {place.cut.features} == oracle.carrying(place.position)
+            carrying = oracle.carrying(place.position)
+            assert set(place.cut.carrying) == carrying
+            oracle.check_reads(place, carrying)
             assert set(place.cut.copied) == oracle.copied(place.position), place.node
             last = crossing
 
 
 @SWEEP
 @given(programs())
-def test_cuts_are_legal_where_one_gradient_crosses(program: Program) -> None:
+def test_cuts_are_legal_where_few_gradients_cross(program: Program) -> None:
     """Legality, what crosses, what the head reads and what must be copied, by brute force on a real run."""
     check(program)
 
@@ -149,7 +187,7 @@ def test_cuts_are_legal_where_one_gradient_crosses(program: Program) -> None:
 @pytest.mark.slow
 @SLOW
 @given(programs())
-def test_cuts_are_legal_where_one_gradient_crosses_for_many(program: Program) -> None:
+def test_cuts_are_legal_where_few_gradients_cross_for_many(program: Program) -> None:
     check(program)
 
 
@@ -172,11 +210,107 @@ class Skip(nn.Module):
         return y
 
 
-def test_a_skip_connection_is_not_torn() -> None:
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.outer(self.inner(x).relu())
+        return y
+
+
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.last = nn.Sequential(Block(), Block()), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(self.blocks(x))
+        return y
+
+
+def test_both_ends_of_a_skip_connection_cross() -> None:
+    """The head reads the later one: all that leads to the earlier one leads to it, too."""
     found = places(Skip(), torch.randn(4, 4))
-    assert found["linear"].cut is not None
-    assert found["linear_1"].reason == "2 tensors that carry a gradient cross: linear, linear_1"
-    assert found["add"].cut is not None
+    assert found["linear"].cut is not None and found["add"].cut is not None
+    cut = found["linear_1"].cut
+    assert cut is not None
+    assert cut.carrying == ("linear_1", "linear") and cut.features == ("linear_1",)
+
+
+def test_a_head_reads_two_branches_where_neither_sees_all() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right, self.last = nn.Linear(4, 5), nn.Linear(4, 6), nn.Linear(11, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.last(torch.cat([self.left(x), self.right(x)], 1))
+            return y
+
+    place = places(Branches(), torch.randn(4, 4))["linear_1"]
+    assert place.cut is not None and place.cut.carrying == ("linear_1", "linear")
+    assert place.features(0) == ("linear_1", "linear") and place.features(1) == ("linear_1",)
+    built = build(Branches(), torch.randn(4, 4), 2)
+    assert built.plan.cuts[0].after != "linear_1", "one tensor is preferred at equal balance"
+
+
+def test_four_gradients_are_too_many() -> None:
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.last = nn.ModuleList(nn.Linear(4, 4) for _ in range(4)), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            parts = [layer(x) for layer in self.layers]
+            y: Tensor = self.last(parts[0] * parts[1] + parts[2] * parts[3])
+            return y
+
+    reason = places(Dense(), torch.randn(4, 4))["linear_3"].reason
+    assert reason.startswith("4 tensors that carry a gradient cross, and heads read 3: linear, linear_1")
+
+
+def test_a_parameter_that_no_head_could_see_is_not_cut_off() -> None:
+    """mpnet's trainable relative bias crosses every cut: it has no batch, so it travels and no head reads it. Its
+    parameter is trained where the features already depend on it, and no stage may end before."""
+
+    class Bias(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(6, 4))
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            bias = self.table.tanh()
+            h = self.layers[0](x)
+            for layer in self.layers[1:]:
+                h = layer(h + bias)
+            return h
+
+    found = places(Bias(), torch.randn(4, 6, 4))
+    assert found["linear"].cut is not None and found["linear"].blind == found["tanh"].position
+    assert found["linear_1"].cut is not None and found["linear_1"].blind == -1
+    assert set(found["linear_1"].cut.carrying) == {"linear_1", "tanh"}
+    plan = build(Bias(), torch.randn(4, 6, 4), 3).plan
+    assert [cut.after for cut in plan.cuts] == ["add", "add_1"], "the first stage reaches to where it uses the bias"
+
+
+def test_no_split_keeps_modules_whole() -> None:
+    graph, candidates = analyse(Blocks(), torch.randn(4, 4))
+    free = {c.node for c in candidates if c.cut is not None}
+    whole = keep_whole(graph, candidates, ["Block"])
+    assert {c.node for c in whole if c.cut is not None} == {n for n in free if n.startswith("add")}
+    inside = next(c for c in whole if c.node == "relu")
+    assert inside.reason == "inside 'Block', which no_split keeps whole"
+    named = keep_whole(graph, candidates, ["blocks.1"])
+    assert {c.node for c in named if c.cut is None} - {c.node for c in candidates if c.cut is None} == {
+        "linear_2",
+        "relu_1",
+        "linear_3",
+    }
+    with pytest.raises(CutError, match="no_split names 'Bloc'"):
+        keep_whole(graph, candidates, ["Bloc"])
 
 
 def test_a_shared_module_is_not_torn() -> None:
@@ -236,7 +370,7 @@ def test_cuts_lie_at_the_items_of_a_tuple() -> None:
     assert item.node.startswith("getitem")
     assert item.module == "lstm"
     assert item.cut is not None
-    assert item.cut.spec(item.cut.features).shape == (4, 6, 5)
+    assert item.cut.spec(item.cut.features[0]).shape == (4, 6, 5)
 
 
 def test_what_is_written_later_is_copied() -> None:
@@ -368,7 +502,7 @@ def test_a_view_of_a_parameter_is_copied_when_it_crosses() -> None:
     model = Queries()
     cut = places(model, torch.randn(4, 4))["expand"].cut
     assert cut is not None
-    assert (cut.features, cut.copied) == ("expand", ("expand",))
+    assert (cut.features, cut.copied) == (("expand",), ("expand",))
 
 
 def test_a_float_of_the_batch_travels() -> None:
@@ -582,3 +716,27 @@ def test_parameters_are_the_users_own() -> None:
     graph, _ = analyse(model, torch.randn(4, 4))
     found = {str(n.target): attribute(graph.train, n) for n in graph.train.graph.find_nodes(op="get_attr")}
     assert all(found[name] is parameter for name, parameter in model.named_parameters())
+
+
+def test_a_buffer_written_in_a_chain_is_not_cut_off() -> None:
+    """Each block goes on writing where the last one stopped: in the next stage that was a copy, and the user's buffer
+    ended half written."""
+
+    class Chain(nn.Module):
+        count: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+            self.register_buffer("count", torch.zeros(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers[:3]:
+                x = layer(x)
+                self.count.mul_(0.9).add_(x.detach().mean(0))
+            y: Tensor = self.layers[3](x)
+            return y
+
+    found = places(Chain(), torch.randn(4, 4))
+    assert found["linear"].cut is not None, "before the first write"
+    assert "buffer 'count' is used on both sides" in found["linear_1"].reason

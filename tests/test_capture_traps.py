@@ -12,6 +12,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from autodecouple.errors import TraceError
+from autodecouple.passes.bind import bind
+from autodecouple.passes.candidates import find_cuts
+from autodecouple.passes.measure import annotate
+from autodecouple.passes.trace import capture
+from autodecouple.pipeline import analyse
 from autodecouple.randomness import Randomness
 
 
@@ -95,19 +101,81 @@ def test_lifted_constants_go_to_every_stage_that_reads_them() -> None:
 class Checkpointed(nn.Module):
     """Trap 10: checkpoint() disappears in the graph; the results must not."""
 
-    def __init__(self) -> None:
+    def __init__(self, use_reentrant: bool = False) -> None:
         super().__init__()
         self.layers, self.drop, self.last = layers(3), nn.Dropout(0.5), nn.Linear(8, 3)
+        self.use_reentrant = use_reentrant
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
-            x = checkpoint(lambda h, layer=layer: self.drop(layer(h).tanh()), x, use_reentrant=False)
+            x = checkpoint(lambda h, layer=layer: self.drop(layer(h).tanh()), x, use_reentrant=self.use_reentrant)
         y: Tensor = self.last(x)
         return y
 
 
 def test_checkpointed_layers_are_the_layers() -> None:
-    check(Checkpointed(), (torch.randn(4, 8),), (torch.randn(7, 8),), 4)
+    """They are captured as they are; that their activations are kept, and what helps, is said once."""
+    built = check(Checkpointed(), (torch.randn(4, 8),), (torch.randn(7, 8),), 4)
+    (note,) = built.plan.warnings
+    assert "torch.utils.checkpoint" in note
+    assert "recompute=True" in note
+
+
+def test_reentrant_checkpoints_are_refused_by_name() -> None:
+    """Export traces them as if they were nothing, and their gradients are lost: parameters below got none."""
+    with pytest.raises(TraceError, match="CheckpointFunction has a backward of its own"):
+        build(Checkpointed(use_reentrant=True), (torch.randn(4, 8),), 3)
+
+
+class Drops(nn.Module):
+    """An encoder that draws which of its layers run, as wav2vec2 and hubert do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = layers(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            if not self.training or torch.rand(()).item() > 0.3:
+                x = x + layer(x).tanh()
+        return x
+
+
+def test_an_encoder_with_layerdrop_runs_whole_or_trains_as_it_evaluates() -> None:
+    """Trap 11: nothing lies between the layers for a cut, so mode="eval" is the way to more stages."""
+    x = torch.randn(4, 8)
+    model = nn.Sequential(nn.Linear(8, 8), Drops(), nn.Linear(8, 3))
+    whole, candidates = analyse(model, (x,))
+    assert any(note.startswith("1 runs whole") for note in whole.warnings)
+    torch.manual_seed(1)
+    expected = model(x)
+    torch.manual_seed(1)
+    assert torch.equal(whole.train(x), expected)
+    graph = annotate(capture(model, (x,), mode="eval"))
+    assert len([c for c in find_cuts(graph) if c.cut]) > len([c for c in candidates if c.cut])
+    assert torch.equal(graph.train(x), model.eval()(x))
+
+
+@pytest.mark.slow
+def test_caches_and_outputs_of_transformers() -> None:
+    """Trap 7: use_cache=True is the default; a ModelOutput comes back as itself, at another length too."""
+    pytest.importorskip("zoo.ops")
+    transformers = pytest.importorskip("transformers")
+    options = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "vocab_size": 50}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**options))
+    inputs = {"input_ids": torch.randint(50, (4, 4)), "attention_mask": torch.ones(4, 4, dtype=torch.int64)}
+    graph = capture(model, inputs, dynamic=(1,))
+    assert model.config.use_cache is True
+    other = {"input_ids": torch.randint(50, (3, 9)), "attention_mask": torch.ones(3, 9, dtype=torch.int64)}
+    bind(graph, other)
+    for training, module in ((True, graph.train), (False, graph.evaluation)):
+        assert module is not None
+        torch.manual_seed(0)
+        expected = model.train(training)(**other, use_cache=False)
+        torch.manual_seed(0)
+        found = module(**other)
+        assert type(found) is type(expected)
+        assert torch.equal(found.logits, expected.logits)
 
 
 class LastToken(nn.Module):

@@ -53,7 +53,8 @@ def example_plan(n_stages: int = 2, cost: int = 300) -> Plan:
         for k in range(n_stages)
     )  # fmt: skip
     cuts = tuple(
-        Cut(f"relu_{k}", (TensorSpec(f"relu_{k}", (4, 16), "float32"),), f"relu_{k}") for k in range(n_stages - 1)
+        Cut(f"relu_{k}", (TensorSpec(f"relu_{k}", (4, 16), "float32"),), (f"relu_{k}",), (f"relu_{k}",))
+        for k in range(n_stages - 1)
     )
     return Plan(stages, cuts, "Net", (TensorSpec("input", (4, 8), "float32"),), ("mind the gap",))
 
@@ -70,7 +71,7 @@ class FakeApi(SimpleNamespace):
             raise CutError("cannot cut after 'nowhere'")
         return example_plan(options["n_stages"])
 
-    def cuts(self, model: Any, example_inputs: Any) -> tuple[Any, ...]:
+    def cuts(self, model: Any, example_inputs: Any, **capturing: Any) -> tuple[Any, ...]:
         self.asked = {"model": model, "example_inputs": example_inputs}
         return (
             SimpleNamespace(node="linear", module="0", cut=None, reason="two tensors cross"),
@@ -118,7 +119,8 @@ def test_inspect_prints_the_plan(api: FakeApi) -> None:
 
 def test_options_reach_the_compiler(api: FakeApi) -> None:
     wishes = ("--loss", "supcon,bp", "--devices", "cpu,cpu", "--cut-at", "a", "--cut-at", "b", "--max-memory", "4GiB")
-    result = invoke("inspect", *ARGS, *wishes)
+    capturing = ("--mode", "eval", "--tied", "untie", "--dynamic", "1", "--dynamic", "2", "--no-split", "Block")
+    result = invoke("inspect", *ARGS, *wishes, *capturing)
     assert result.exit_code == 0
     model, inputs = api.asked.pop("model"), api.asked.pop("example_inputs")
     assert len(model) == 5 and [(tuple(x.shape), x.device.type) for x in inputs] == [((4, 8), "meta")]
@@ -128,6 +130,10 @@ def test_options_reach_the_compiler(api: FakeApi) -> None:
         "devices": ["cpu", "cpu"],
         "cut_at": ("a", "b"),
         "memory_limit": 4 * 2**30,
+        "no_split": ("Block",),
+        "mode": "eval",
+        "tied": "untie",
+        "dynamic": (1, 2),
     }
 
 

@@ -1,4 +1,4 @@
-"""Pool, Projector and the checks: every shape a cut may have comes out as finite rows of a known width."""
+"""Pool, layers and the checks: every shape a cut may have comes out as finite rows of a known width."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autodecouple.errors import InputError
-from autodecouple.objectives.heads import Pool, Projector, RowNorm, check_specs, unit_rows
+from autodecouple.objectives.heads import (
+    IGNORED,
+    Projector,
+    RowNorm,
+    check_classes,
+    check_specs,
+    cross_entropy,
+    unit_rows,
+)
+from autodecouple.objectives.pool import Pool, mean_cells
 from autodecouple.plans import TensorSpec
 
 torch.set_num_threads(1)
@@ -25,12 +34,31 @@ def spec(*shape: int, batch_dim: int | None = 0, dtype: str = "float32") -> Tens
 @pytest.mark.parametrize(
     "shape, width",
     [((4, 6), 6), ((4, 5, 6), 6), ((4, 3, 8, 8), 12), ((4, 3, 7, 5), 12), ((4, 3, 1, 1), 3), ((4, 3, 1, 9), 3),
-     ((4, 3, 4, 6, 2), 24), ((4, 3, 1, 6, 2), 3)],
+     ((4, 3, 4, 6, 2), 24), ((4, 3, 1, 6, 2), 3), ((4, 3, 4, 6, 2, 5), 24), ((4, 3, 4, 6, 1, 1, 1), 3),
+     ((4, 8, 8, 3), 12), ((4, 5, 5, 5, 3), 24)],
 )  # fmt: skip
 def test_pool_gives_rows_of_its_width(shape: tuple[int, ...], width: int) -> None:
     pool = Pool(spec(*shape))
     assert pool.width == width
     assert pool(torch.randn(shape)).shape == (4, width)
+
+
+def test_channels_behind_a_square_grid_are_read_as_channels() -> None:
+    x = torch.randn(4, 8, 8, 3)
+    assert torch.equal(Pool(spec(4, 8, 8, 3))(x), Pool(spec(4, 3, 8, 8))(x.movedim(-1, 1)))
+    assert torch.equal(Pool(spec(4, 8, 8, 3), None)(x), x.flatten(1))
+
+
+@pytest.mark.parametrize("shape, real", [((4, 6), (4, 12)), ((4, 5, 6), (4, 5, 12)), ((4, 3, 7, 5), (4, 6, 7, 5))])
+@pytest.mark.parametrize("size", [2, None])
+def test_complex_features_are_twice_as_many_real_ones(
+    shape: tuple[int, ...], real: tuple[int, ...], size: int | None
+) -> None:
+    x = torch.randn(shape, dtype=torch.complex64)
+    pool = Pool(spec(*shape, dtype="complex64"), size)
+    dim = 1 if len(shape) == 4 else -1
+    assert torch.equal(pool(x), Pool(spec(*real), size)(torch.cat([x.real, x.imag], dim)))
+    assert pool.width == pool(x).shape[1] and pool(x).dtype == torch.float32
 
 
 @settings(max_examples=60, deadline=None)
@@ -39,6 +67,13 @@ def test_grids_are_pooled_as_by_adaptive_pooling(height: int, width: int, size: 
     x = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     pool = Pool(spec(2, 3, 32, 32), size)  # the example was larger than what comes
     torch.testing.assert_close(pool(x), F.adaptive_avg_pool2d(x, size).flatten(1), rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 12))
+def test_cells_are_those_of_adaptive_pooling_also_where_they_are_finer(length: int, cells: int) -> None:
+    x = torch.randn(2, 3, length, dtype=torch.float64)
+    torch.testing.assert_close(mean_cells(x, 2, cells), F.adaptive_avg_pool1d(x, cells), rtol=1e-12, atol=1e-12)
 
 
 def test_volumes_are_pooled_as_by_adaptive_pooling() -> None:
@@ -121,6 +156,33 @@ def test_row_norm_is_batch_norm_but_for_one_row() -> None:
     assert torch.equal(ours.train()(x[:1]), theirs(x[:1]))
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.booleans(), min_size=1, max_size=9), st.integers(0, 2**31))
+def test_rows_that_do_not_count_are_as_if_they_were_not_there(counted: list[bool], seed: int) -> None:
+    counts = torch.tensor(counted)
+    x = torch.randn(len(counts), 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x.requires_grad_()
+    ours, theirs = RowNorm(5, dtype=torch.float64), nn.BatchNorm1d(5, dtype=torch.float64)
+    for norm in (ours, theirs):
+        nn.init.constant_(norm.running_mean, 0.3)
+        nn.init.constant_(norm.weight, 0.7)
+    got = ours(x, counts)[counts]
+    expected = theirs.train(sum(counted) > 1)(x[counts])
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    for name, value in theirs.named_buffers():
+        torch.testing.assert_close(ours.get_buffer(name), value, rtol=1e-12, atol=1e-12)
+    grads = [torch.autograd.grad(y.sin().sum(), x)[0] for y in (got, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-10)
+
+
+def test_cross_entropy_is_torchs_but_for_a_batch_without_labels() -> None:
+    logits, labels = torch.randn(5, 3, dtype=torch.float64), torch.tensor([0, IGNORED, 2, 2, IGNORED])
+    torch.testing.assert_close(cross_entropy(logits, labels), F.cross_entropy(logits, labels))
+    nothing = cross_entropy(logits.requires_grad_(), torch.full((5,), IGNORED))
+    nothing.backward()
+    assert nothing.item() == 0 and logits.grad is not None and logits.grad.eq(0).all()
+
+
 def test_unit_rows_normalise_and_leave_zeros_alone() -> None:
     x = torch.tensor([[3.0, 4.0], [0.0, 0.0]], requires_grad=True)
     units = unit_rows(x)
@@ -132,10 +194,13 @@ def test_unit_rows_normalise_and_leave_zeros_alone() -> None:
 @pytest.mark.parametrize(
     "features, signal, said",
     [
-        (spec(4, 6), TensorSpec("target", (4,), "int64"), "num_classes=None"),
-        (spec(4, 6), TensorSpec("target", (4, 9), "int64", num_classes=9), "dense targets are not yet supported"),
-        (spec(4, 6), TensorSpec("target", (4,), "float32", num_classes=3), "float32"),
+        (spec(4, 6), TensorSpec("target", (4,), "float32", num_classes=3), r"int64 class indices.*float32.*long\(\)"),
+        (spec(4, 6), TensorSpec("target", (4, 9), "float32"), "int64 class indices"),
+        (spec(4, 6), TensorSpec("target", (4,), "int32", num_classes=3), "int32"),
+        (spec(4, 6), TensorSpec("target", (), "int64", None, num_classes=3), r"\(N,\), \(N, T\)"),
+        (spec(4, 6), TensorSpec("target", (4, 1, 1, 1, 1), "int64", num_classes=3), r"\(N, D, H, W\)"),
         (spec(4, 6, dtype="int64"), LABELS, "floating-point"),
+        (spec(4, 6, dtype="bool"), LABELS, "floating-point"),
         (spec(4), LABELS, r"\(N, C, H, W\)"),
         (spec(4, 6, batch_dim=None), LABELS, r"\(N, C, H, W\)"),
         (spec(36, 6), LABELS, "36 rows for 4 targets"),
@@ -147,8 +212,19 @@ def test_specs_that_do_not_fit_are_refused_with_a_way_out(features: TensorSpec, 
     assert "'supcon'" in str(caught.value) and 'loss="bp"' in str(caught.value)
 
 
-def test_specs_that_fit_give_the_number_of_classes() -> None:
-    assert check_specs("supcon", spec(9, 4, 6, batch_dim=1), LABELS) == 3
+@pytest.mark.parametrize("shape", [(9, 4), (9, 4, 6), (9, 4, 3, 3), (9, 4, 3, 3, 3, 3, 3)])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "complex64", "complex128"])
+@pytest.mark.parametrize("labels", [(4,), (4, 7), (4, 7, 5), (4, 7, 5, 3)])
+def test_any_features_with_rows_fit_any_class_indices(
+    shape: tuple[int, ...], dtype: str, labels: tuple[int, ...]
+) -> None:
+    check_specs("supcon", spec(*shape, batch_dim=1, dtype=dtype), TensorSpec("target", labels, "int64"))
+
+
+def test_the_number_of_classes_must_be_known_to_those_who_ask() -> None:
+    assert check_classes("early_exit", LABELS) == 3
+    with pytest.raises(InputError, match="'early_exit'.*num_classes=None.*supcon.*bp"):
+        check_classes("early_exit", TensorSpec("target", (4,), "int64"))
 
 
 def test_building_draws_from_the_ambient_generator_only() -> None:

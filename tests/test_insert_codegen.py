@@ -100,9 +100,10 @@ def check_inference(program: Program, n_stages: int) -> None:
     for rows in (4, 1, 7):
         if rows > 1:  # other statistics than the initial ones
             built.model.load_state_dict(original.state_dict())
-            with torch.no_grad():
-                program.call(original.train(), rows)
-                program.call(built.model.train(), rows)
+            for model in (original, built.model):
+                torch.manual_seed(0)  # dropout in front of BatchNorm changes its statistics
+                with torch.no_grad():
+                    program.call(model.train(), rows)
         expected = program.call(original.eval(), rows)
         found = inference(*built.values(program.inputs(rows)).values())
         assert equal(leaves(expected), list(found))
@@ -610,7 +611,8 @@ def test_whatever_draws_draws_by_its_key(name: str) -> None:
     assert drawing
     kernels = drawn_in_kernels(built.graph.train.graph)
     warned = any("inside a kernel" in warning for warning in built.plan.warnings)
-    assert bool(kernels) == warned == (name not in ("dropout", "attention", "causal attention", "scaled attention"))
+    keyed = ("dropout", "lstm", "attention", "causal attention", "scaled attention")
+    assert bool(kernels) == warned == (name not in keyed)
 
 
 @pytest.mark.parametrize(("causal", "kind"), [(False, None), (True, None), (False, "bool"), (False, "float")])

@@ -18,7 +18,7 @@ LAYERS: tuple[set[str], ...] = (
     {"errors", "_version"},
     {"plans", "timeline", "schedules"},
     {"simulator", "cost", "view"},
-    {"graph", "objectives", "passes", "randomness"},
+    {"graph", "objectives", "passes", "randomness", "signals"},
     {"stage"},
     {"executors"},
     {"options", "pipeline", "states", "fitting"},

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+import autodecouple
 from autodecouple.graph import Graph
 from autodecouple.passes.candidates import find_cuts
-from autodecouple.passes.measure import annotate
+from autodecouple.passes.measure import annotate, flop_counter
+from autodecouple.passes.profile import Profile, Profiler
 from autodecouple.passes.stage_costs import StageCosts
 from autodecouple.passes.trace import capture
 
@@ -203,6 +205,100 @@ def test_stages_cost_what_torch_counts_when_they_run_for_many(program: Program, 
     check_stages(program, n_stages)
 
 
+class Steps(nn.Module):
+    """Layers of many kinds on tokens (N, T) and a classifier, behind an embedding."""
+
+    def __init__(self, *layers: nn.Module, width: int = 8) -> None:
+        super().__init__()
+        self.embed, self.layers, self.last = nn.Embedding(20, width), nn.ModuleList(layers), nn.Linear(width, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.embed(tokens)
+        for layer in self.layers:
+            h = layer(h)
+        y: Tensor = self.last(h.mean(1))
+        return y
+
+
+class Fused(nn.Module):
+    """Attention by the fused operator, with dropout on its weights or without."""
+
+    def __init__(self, width: int, dropout: float, heads: int = 2, causal: bool = False) -> None:
+        super().__init__()
+        self.project, self.dropout, self.heads, self.causal = nn.Linear(width, 3 * width), dropout, heads, causal
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.project(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout, is_causal=self.causal)
+        return x + y.transpose(1, 2).flatten(2)
+
+
+class First(nn.Module):
+    """The sequence that a recurrent layer gives."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)[0]
+        return y
+
+
+class Matrices(nn.Module):
+    """Products that are no layer: einsum, bmm, addmm, with a parameter that is used twice."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(width, width) / width), nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.einsum("ntd,de->nte", x, self.weight).tanh()
+        x = torch.bmm(torch.bmm(x, x.transpose(1, 2)).softmax(-1), x)
+        return torch.addmm(self.bias, x.flatten(0, 1), self.weight).view_as(x)
+
+
+def twice(width: int) -> tuple[nn.Module, ...]:
+    shared = nn.Linear(width, width)
+    return shared, nn.Tanh(), shared, nn.Linear(width, width), nn.ReLU()
+
+
+def frozen(width: int) -> tuple[nn.Module, ...]:
+    still = nn.Linear(width, width).requires_grad_(False)
+    return nn.Linear(width, width), nn.Tanh(), still, nn.ReLU(), nn.Linear(width, width)
+
+
+WHOLE: dict[str, Any] = {
+    "conv": lambda: nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3, groups=4), nn.Dropout(0.2),
+        nn.Conv2d(8, 4, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3),
+    ),
+    "encoder": lambda: Steps(*(nn.TransformerEncoderLayer(8, 2, 16, 0.1, batch_first=True) for _ in range(2))),
+    "fused": lambda: Steps(*(Fused(8, 0.0) for _ in range(3))),
+    "fused dropout": lambda: Steps(*(Fused(8, 0.2, causal=True) for _ in range(3))),
+    "lstm": lambda: Steps(First(nn.LSTM(8, 8, batch_first=True)), nn.ReLU(), First(nn.LSTM(8, 8, batch_first=True))),
+    "deep lstm": lambda: Steps(First(nn.LSTM(8, 8, 2, batch_first=True)), nn.Linear(8, 8)),
+    "products": lambda: Steps(*(Matrices(8) for _ in range(3))),
+    "shared": lambda: Steps(*twice(8)),
+    "frozen": lambda: Steps(*frozen(8)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "loss"), [*((name, "supcon") for name in WHOLE), ("conv", "bp"), ("fused", "bp")])
+def test_a_whole_step_costs_what_is_counted_while_it_trains(name: str, loss: str) -> None:
+    """All stages with their heads, as the plan has them, against torch's counter around `train_step`.
+
+    Attention with dropout was counted as the fused kernel, which does not run: its masks are keyed.
+    """
+    x = torch.randn(6, 3, 12, 12) if name == "conv" else torch.arange(30).reshape(6, 5) % 20
+    with autodecouple.compile(
+        WHOLE[name](), 2, loss, example_inputs=(x,), schedule="sequential", devices=["cpu"]
+    ) as decoupled:
+        with flop_counter() as counter:
+            decoupled.train_step(x, target(6))
+        assert sum(stage.flops for stage in decoupled.plan.stages) == counter.get_total_flops() > 0
+
+
 def test_the_first_layer_of_a_stage_saves_the_gradient_of_its_input() -> None:
     """In backpropagation the second layer spends two thirds on its backward; as a stage's first layer only half."""
     built = build(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)), torch.randn(4, 8), 3)
@@ -249,6 +345,36 @@ def test_a_detached_value_does_not_hand_on_the_parameters_behind_it() -> None:
     product = 2 * 4 * 4 * 64
     wide = next(graph.measures[n.name] for n in graph.operations if n.name == "linear_2")
     assert sum(flops for threshold, flops in wide.backward_flops if threshold >= 2) == product
+
+
+class Chosen(nn.Module):
+    """How many rows its second layer reads, only the data know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        y: Tensor = self.last(h + self.second(h[h[:, 0] > 0]).mean(0))
+        return y
+
+
+def test_sizes_that_only_the_data_know_count_as_the_batch() -> None:
+    """They made naive FLOP formulas fail."""
+    graph = measured(Chosen(), torch.randn(6, 4))
+    assert forward_flops(graph) == 2 * 6 * (4 * 8 + 8 * 8 + 8 * 3)
+    assert all(graph.measures[node.name].activation_bytes >= 0 for node in graph.operations)
+
+
+def test_an_operation_that_cannot_run_alone_costs_nothing() -> None:
+    """Measuring is no reason to refuse a model."""
+
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError("not alone")
+
+    node = measured(nn.Linear(4, 3), torch.randn(6, 4)).operations[0]
+    assert Profiler(refuse).profile(node, (torch.randn(6, 4),), {}, {}) == Profile()
 
 
 def test_nothing_is_computed() -> None:

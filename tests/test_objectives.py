@@ -28,7 +28,7 @@ SMALL: list[Any] = [
     EarlyExit(hidden=8),
     EarlyExit(hidden=None),
 ]
-SHAPES = [(6, 5), (6, 4, 5), (6, 3, 7, 5), (6, 3, 1, 1), (6, 3, 4, 4), (6, 2, 3, 4, 5)]
+SHAPES = [(6, 5), (6, 4, 5), (6, 3, 7, 5), (6, 3, 1, 1), (6, 3, 4, 4), (6, 2, 3, 4, 5), (6, 2, 3, 1, 2, 3, 2)]
 
 
 def specs(x: Tensor, num_classes: int = 5, batch_dim: int = 0) -> tuple[TensorSpec, TensorSpec]:

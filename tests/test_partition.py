@@ -19,13 +19,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import autodecouple
 from autodecouple.errors import AutodecoupleError, CutError, InputError, PartitionError
-from autodecouple.graph import Graph, attribute
+from autodecouple.graph import Graph
 from autodecouple.objectives import EarlyExit, Objective, SupCon
 from autodecouple.objectives.backprop import Backprop
+from autodecouple.objectives.gather import gathered_head
 from autodecouple.passes.candidates import Candidate
 from autodecouple.passes.partition import Problem, choose_cuts, find_classifier, minimise_slowest
 from autodecouple.passes.place import assign_lanes, default_devices
-from autodecouple.passes.stage_costs import FORBIDDEN
+from autodecouple.passes.stage_costs import FORBIDDEN, StageCosts
 from autodecouple.pipeline import analyse
 from autodecouple.plans import Plan, TensorSpec
 from examples import models as networks
@@ -75,13 +76,15 @@ def test_the_dynamic_programme_is_brute_force(problem: Problem) -> None:
 
 
 @cache
-def _head_flops(objective: Objective, shape: tuple[int, ...], batch_dim: int, classes: int | None) -> tuple[int, int]:
+def _head_flops(
+    objective: Objective, features: tuple[tuple[tuple[int, ...], int | None], ...], signal: TensorSpec
+) -> tuple[int, int]:
     """(FLOPs of a training step, bytes of the weights) of a head that really runs."""
-    rows = shape[batch_dim]
-    head = objective.head(TensorSpec("f", shape, "float32", batch_dim), TensorSpec("y", (rows,), "int64", 0, classes))
-    features = torch.randn(shape, requires_grad=True)
+    specs = [TensorSpec("f", shape, "float32", batch_dim) for shape, batch_dim in features]
+    head = gathered_head(objective, specs, signal)
+    read = [torch.randn(spec.shape, requires_grad=True) for spec in specs]
     with FlopCounterMode(display=False) as counter:
-        head(features, torch.arange(rows) % (classes or 2))[0].backward()
+        head(*read, torch.zeros(signal.shape, dtype=torch.int64))[0].backward()
     return counter.get_total_flops(), sum(4 * p.numel() for p in head.parameters())
 
 
@@ -92,41 +95,49 @@ class Costs:
         self.graph = graph
         self.legal = [c for c in candidates if c.cut is not None]
         self.operations = graph.operations
+        self.memories: dict[Any, list[int]] = {}
         self.trained = {name: min(uses) for name, uses in graph.parameter_uses().items() if uses}
 
-    def head(self, candidate: Candidate, objective: Objective) -> tuple[int, int]:
+    def head(self, candidate: Candidate, begin: int, objective: Objective) -> tuple[int, int]:
         assert candidate.cut is not None
         if objective.name == "bp":
             return 0, 0
-        spec = candidate.cut.spec(candidate.cut.features)
-        assert spec.batch_dim is not None
-        return _head_flops(objective, spec.shape, spec.batch_dim, self.graph.num_classes)
+        specs = [candidate.cut.spec(name) for name in candidate.features(begin)]
+        return _head_flops(objective, tuple((spec.shape, spec.batch_dim) for spec in specs), self.graph.signal)
 
-    def stages(self, cuts: Sequence[int], objectives: Sequence[Objective]) -> list[tuple[int, int, int]]:
-        """(FLOPs, bytes, parameters that are trained) per stage."""
+    def stages(self, cuts: Sequence[int], objectives: Sequence[Objective]) -> list[tuple[int, int]]:
+        """(FLOPs, parameters that are trained) per stage."""
         ends = [*(self.legal[cut].position + 1 for cut in cuts), len(self.operations)]
         return [self._stage(k, cuts, objectives, b, e) for k, (b, e) in enumerate(itertools.pairwise([0, *ends]))]
 
     def _stage(
         self, k: int, cuts: Sequence[int], objectives: Sequence[Objective], begin: int, end: int
-    ) -> tuple[int, int, int]:
+    ) -> tuple[int, int]:
         measures = [self.graph.measures[node.name] for node in self.operations[begin:end]]
         coupled = k > 0 and objectives[k - 1].name == "bp"
-        head, weights = self.head(self.legal[cuts[k]], objectives[k]) if k < len(cuts) else (0, 0)
+        head, _ = self.head(self.legal[cuts[k]], begin, objectives[k]) if k < len(cuts) else (0, 0)
         backward = sum(f for m in measures for threshold, f in m.backward_flops if coupled or threshold >= begin)
         own = [name for name, first in self.trained.items() if begin <= first < end]
-        weights += sum(attribute_bytes(self.graph, name) for name in own)
-        memory = 4 * weights + sum(m.activation_bytes for m in measures)
         trained = len([name for name in own if name in self.graph.trained])
-        return sum(m.forward_flops for m in measures) + backward + head, memory, trained
+        if k < len(cuts) and objectives[k].name != "bp" and begin <= self.legal[cuts[k]].blind:
+            trained = 0  # not all of it can be: the plan is not allowed
+        return sum(m.forward_flops for m in measures) + backward + head, trained
+
+    def memory(self, cuts: Sequence[int], objectives: Sequence[Objective]) -> list[int]:
+        """Bytes of each stage, as the plan with these cuts says; tests/test_memory.py measures whether it is right."""
+        key = tuple(cuts), tuple(map(id, objectives))
+        if key not in self.memories:
+            plan = StageCosts(self.graph, self.legal).plan(cuts, objectives)
+            self.memories[key] = [stage.memory_bytes for stage in plan.stages]
+        return self.memories[key]
 
     def preference(self, cuts: Sequence[int]) -> tuple[int, int]:
-        """Module boundaries first, the outermost best; then fewer bytes: compared as the sum over the cuts."""
+        """Few gradients first, then module boundaries, the outermost best; then fewer bytes: sums over the cuts."""
         depth = moved = 0
         for cut in cuts:
             found = self.legal[cut].cut
             assert found is not None
-            depth += min(16, found.module.count(".") + 1) if found.module else 16
+            depth += 16 * len(found.carrying) + (min(16, found.module.count(".") + 1) if found.module else 16)
             moved += sum(spec.num_bytes for spec in found.crossing)
         return depth, moved
 
@@ -135,20 +146,15 @@ class Costs:
         found = []
         for cuts in itertools.combinations(range(len(self.legal)), n_stages - 1):
             stages = self.stages(cuts, objectives)
-            if all(trained for _, _, trained in stages) and all(limit is None or m <= limit for _, m, _ in stages):
-                found.append((max(flops for flops, _, _ in stages), self.preference(cuts)))
+            fits = limit is None or max(self.memory(cuts, objectives)) <= limit
+            if fits and all(trained for _, trained in stages):
+                found.append((max(flops for flops, _ in stages), self.preference(cuts)))
         return min(found, default=None)
 
     def value(self, plan: Plan, objectives: Sequence[Objective]) -> Any:
         nodes = [candidate.node for candidate in self.legal]
         cuts = [nodes.index(cut.after) for cut in plan.cuts]
-        return max(flops for flops, _, _ in self.stages(cuts, objectives)), self.preference(cuts)
-
-
-def attribute_bytes(graph: Graph, name: str) -> int:
-    node = next(n for n in graph.train.graph.find_nodes(op="get_attr") if str(n.target) == name)
-    value = attribute(graph.train, node)
-    return int(value.numel() * value.element_size())
+        return max(flops for flops, _ in self.stages(cuts, objectives)), self.preference(cuts)
 
 
 def check_optimal(program: Program, n_stages: int, picks: list[int], limited: float | None) -> None:
@@ -158,7 +164,7 @@ def check_optimal(program: Program, n_stages: int, picks: list[int], limited: fl
     objectives = [OBJECTIVES[pick] for pick in picks[: n_stages - 1]]
     limit = None
     if limited is not None:  # between what the best plan takes and nothing
-        everything = costs.stages((), ())[0][1]
+        everything = costs.memory((), ())[0]
         limit = round(limited * everything)
     best = costs.best(n_stages, objectives, limit)
     if best is None:
@@ -255,7 +261,7 @@ def test_the_papers_networks_are_balanced_as_well_as_can_be(name: str) -> None:
     for begin, end in itertools.combinations(range(-1, len(ends) + 1), 2):
         cuts = (0, 0, 0) if end == len(ends) else (end, 0, 0)
         begins, stop = 0 if begin < 0 else ends[begin], len(graph.operations) if end == len(ends) else ends[end]
-        flops, _, trained = costs._stage(3 if end == len(ends) else 0, cuts, objectives, begins, stop)
+        flops, trained = costs._stage(3 if end == len(ends) else 0, cuts, objectives, begins, stop)
         pairs[begin, end] = flops if trained else FORBIDDEN
     best = min(
         max(pairs[a, b] for a, b in itertools.pairwise((-1, *cuts, len(ends))))
@@ -377,23 +383,23 @@ def test_cuts_that_cannot_be_are_refused(found: Any, cut_at: list[str], error: t
         choose(found, 3, cut_at=cut_at)
 
 
-class Skip(nn.Module):
+class Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(5))
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
 
     def forward(self, x: Any) -> Any:
         h = self.layers[0](x)
-        return self.layers[4](self.layers[3](h + self.layers[2](self.layers[1](h).relu())))
+        return self.layers[3](self.layers[2](self.layers[1](self.layers[1](h).relu())))
 
 
 def test_an_illegal_cut_names_its_reason_and_its_neighbours() -> None:
-    graph, candidates = analyse(Skip(), torch.randn(4, 4))
+    graph, candidates = analyse(Twice(), torch.randn(4, 4))
     with pytest.raises(CutError) as caught:
         choose_cuts(graph, candidates, 2, [OBJECTIVES[0]], cut_at=["relu"])
     message = str(caught.value)
-    assert "cannot cut after 'relu': 2 tensors that carry a gradient cross: linear, relu" in message
-    assert "nearest legal cuts: 'linear' (end of layers.0), 'add'" in message
+    assert "cannot cut after 'relu': parameter 'layers.1.weight' is used on both sides, by 'linear_1'" in message
+    assert "nearest legal cuts: 'linear_2' (end of layers.1), 'linear' (end of layers.0)" in message
 
 
 def test_a_place_that_repeats_a_cut_is_that_cut() -> None:

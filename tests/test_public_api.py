@@ -14,7 +14,7 @@ from autodecouple import errors
 # The one list to edit when a name is added; a name goes only with a new minor version and a line in the changelog.
 PUBLIC = {
     "autodecouple": {
-        "compile", "plan", "simulate",
+        "capture", "compile", "plan", "simulate",
         "Decoupled", "Plan", "Timeline",
         "SupCon", "DeInfoReg", "EarlyExit",
     },

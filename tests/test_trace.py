@@ -16,8 +16,10 @@ from torch.utils import _pytree as pytree
 
 from autodecouple.errors import InputError, TraceError
 from autodecouple.graph import Graph, attribute
+from autodecouple.passes.bind import as_call, bind
 from autodecouple.passes.measure import annotate
-from autodecouple.passes.trace import as_call, bind, capture
+from autodecouple.passes.trace import capture
+from autodecouple.plans import Plan, StageSpec
 
 SWEEP = settings(max_examples=8, suppress_health_check=list(HealthCheck))
 SLOW = settings(max_examples=100, suppress_health_check=list(HealthCheck))
@@ -533,3 +535,184 @@ def test_a_batch_as_wide_as_its_features() -> None:
     with pytest.raises(InputError):
         bind(graph, torch.randn(4, 5))
     assert leaves(run(graph, torch.randn(9, 4), training=True))[0].shape == (9, 3)
+
+
+class Texts(nn.Module):
+    """Tokens of any number with learned positions, and a mask of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.positions = nn.Embedding(9, 8), nn.Parameter(torch.randn(32, 8))
+        self.layers, self.last = nn.ModuleList(nn.Linear(8, 8) for _ in range(3)), nn.Linear(8, 3)
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = self.embedding(tokens) + self.positions[: tokens.shape[1]]
+        for layer in self.layers:
+            x = layer(x).tanh()
+            if mask is not None:
+                x = x * mask[..., None]
+        y: Tensor = self.last(x.sum(1) / tokens.shape[1])
+        return y
+
+
+def texts(rows: int, length: int) -> tuple[Tensor, Tensor]:
+    return torch.randint(9, (rows, length)), (torch.rand(rows, length) < 0.8).float()
+
+
+@pytest.mark.parametrize(("rows", "length"), [(4, 6), (5, 5), (2, 3)])
+def test_the_length_of_sequences_may_be_left_free(rows: int, length: int) -> None:
+    """Trap 6: also with as many rows as tokens in the example, the two are free of each other."""
+    model = Texts()
+    graph = capture(model, texts(rows, length), dynamic=(1,))
+    assert [(spec.batch_dim, spec.free_dims) for spec in graph.inputs] == [(0, (1,))] * 2
+    assert str(graph.inputs[0]) == "tokens (N, *) int64"
+    assert not graph.warnings
+    for other in (texts(4, 6), texts(7, 2), texts(1, 9), texts(3, 3)):
+        bind(graph, other)
+        for training in (True, False):
+            assert torch.equal(run(graph, other, training=training), model(*other))
+
+
+def test_lengths_that_the_model_ties_must_agree() -> None:
+    graph = capture(Texts(), texts(4, 6), dynamic=(1,))
+    with pytest.raises(InputError, match=r"'mask' has size 4 in dimension 1, but 'tokens' has 5: the model needs"):
+        bind(graph, (texts(3, 5)[0], texts(3, 4)[1]))
+
+
+def test_lengths_that_nothing_ties_are_free_of_each_other() -> None:
+    """Two sequences as long as each other in the example, by chance."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            y: Tensor = self.layer(a).sum(1) + self.layer(b).sum(1)
+            return y
+
+    model = Both()
+    graph = capture(model, (torch.randn(3, 5, 4), torch.randn(3, 5, 4)), dynamic=(1,))
+    inputs = (torch.randn(2, 7, 4), torch.randn(2, 3, 4))
+    bind(graph, inputs)
+    assert torch.equal(run(graph, inputs, training=True), model(*inputs))
+
+
+def test_a_length_that_the_model_fixes_is_said() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(20, 3))
+    graph = capture(model, torch.randn(3, 5, 4), dynamic=(1,))
+    assert graph.inputs[0].free_dims == ()
+    assert any("fixed to size 5 in dimension 1" in note and "ties it down" in note for note in graph.warnings)
+    with pytest.raises(InputError, match="7, 4"):
+        bind(graph, torch.randn(3, 7, 4))
+
+
+def test_a_length_of_one_is_taken_for_a_constant_and_said() -> None:
+    graph = capture(Texts(), texts(4, 1)[:1], dynamic=(1,))
+    assert any("a size of 1 in the example" in note for note in graph.warnings)
+
+
+@pytest.mark.parametrize("dim", [0, 2, -1])
+def test_a_dimension_that_no_input_has_is_refused(dim: int) -> None:
+    with pytest.raises(InputError, match=f"names dimension {dim}"):
+        capture(Texts(), texts(4, 6), dynamic=(dim,))
+
+
+def test_free_lengths_survive_json() -> None:
+    spec = capture(Texts(), texts(4, 6)[:1], dynamic=(1,)).inputs[0]
+    plan = Plan((StageSpec(0, ("a",), "criterion"),), inputs=(spec,))
+    assert Plan.from_json(plan.to_json()).inputs == (spec,)
+
+
+class LayerDrop(nn.Module):
+    """Draws in training, in its own forward, how many of its layers run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.norm, self.drop, self.none = nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Dropout(0.0)
+        self.last = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            if not self.training or torch.rand(()) > 0.5:
+                x = self.drop(self.norm(layer(x)))
+        y: Tensor = self.last(x)
+        return y
+
+
+def test_the_evaluation_mode_may_be_trained() -> None:
+    """Trap 11: what only training decides by data is captured as it evaluates, and the loss of that is said."""
+    with pytest.raises(TraceError, match='mode="eval"'):
+        capture(LayerDrop(), torch.randn(6, 4))
+    model = LayerDrop()
+    graph = capture(model, torch.randn(6, 4), mode="eval")
+    assert any("1 BatchNorm1d, 1 Dropout (" in note for note in graph.warnings), graph.warnings
+    assert all(module.training for module in model.modules())
+    x = torch.randn(5, 4)
+    found = run(graph, x, training=True)
+    found.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert torch.equal(found, model.eval()(x))
+
+
+def test_a_mode_of_another_name_is_refused() -> None:
+    with pytest.raises(InputError, match=r"must be \"train\" or \"eval\", not 'test'"):
+        capture(mlp(), torch.randn(6, 4), mode="test")
+
+
+class Cache:
+    """Of keys and values, as transformers returns it: no container that a graph could return."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+@dataclasses.dataclass
+class Config:
+    use_cache: bool = True
+
+
+class Cached(nn.Module):
+    """Returns its cache unless the configuration says no."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.layer, self.config = nn.Linear(4, 3), config
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.layer(x)
+        return ModelOutput(logits=y, cache=Cache(y)) if self.config.use_cache else ModelOutput(logits=y)
+
+
+def test_caches_are_switched_off_for_the_capture() -> None:
+    """Trap 7: use_cache=True, the default of transformers, ends every export; the configuration comes back."""
+    configs = [Config(), Config(use_cache=False)]
+    for config in configs:
+        before = config.use_cache
+        graph = capture(nn.Sequential(Cached(config)), torch.randn(6, 4))
+        assert config.use_cache == before
+        found = run(graph, torch.randn(5, 4), training=True)
+        assert isinstance(found, ModelOutput)
+        assert list(found) == ["logits"]
+
+
+@pytest.mark.parametrize("kind", ["len", "loop"])
+def test_a_module_that_counts_its_rows_runs_whole(kind: str) -> None:
+    """A small block with len(x) or a loop over rows once fixed the whole model to the example's batch."""
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.layer(x.view(len(x), 4)) if kind == "len" else torch.stack([self.layer(r) for r in x])
+            return y
+
+    model = nn.Sequential(nn.Linear(4, 16), nn.Linear(16, 4), Counting(), nn.Linear(4, 3))
+    graph = capture(model, torch.randn(6, 4))
+    assert graph.inputs[0].batch_dim == 0
+    assert any(note.startswith("2 runs whole") and "number of rows" in note for note in graph.warnings)
+    x = torch.randn(3, 4)
+    assert torch.equal(run(graph, x, training=True), model(x))

@@ -56,7 +56,7 @@ def make_plan(costs: tuple[int, ...] = (300, 500, 200), **changes: object) -> Pl
     )
     cuts = tuple(
         Cut(f"relu_{k}", (TensorSpec("mask", (8, 16), "bool"), TensorSpec(f"relu_{k}", (8, 64, 4, 4), "float32")),
-            f"relu_{k}", module=f"layer{k}.1")
+            (f"relu_{k}",), (f"relu_{k}",), module=f"layer{k}.1")
         for k in range(len(costs) - 1)
     )  # fmt: skip
     plan = Plan(stages, cuts, "ResNet", (TensorSpec("x", (8, 3, 32, 32), "float32"),), ("dropout is not keyed",))
@@ -97,7 +97,14 @@ def plans(draw: st.DrawFn) -> Plan:
     for _ in range(count - 1):
         crossing = draw(st.lists(specs, min_size=1, max_size=4))
         cuts.append(
-            Cut(draw(names), tuple(crossing), crossing[0].name, module=draw(names), detached=draw(st.booleans()))
+            Cut(
+                draw(names),
+                tuple(crossing),
+                (crossing[0].name,),
+                (crossing[0].name,),
+                module=draw(names),
+                detached=draw(st.booleans()),
+            )
         )
     return Plan(stages, tuple(cuts), draw(names), tuple(draw(st.lists(specs, max_size=2))), (draw(names),))
 
@@ -231,7 +238,7 @@ def test_table_holds_stages_cuts_bottleneck_and_warnings() -> None:
     for stage in plan.stages:
         assert f"{stage.nodes[0]} … {stage.nodes[-1]}" in shown and f"{stage.lane}: {stage.device}" in shown
     for cut in plan.cuts:
-        assert f"{cut.features} (N, 64, 4, 4) float32" in shown and f"3 nodes, to {cut.module}" in shown
+        assert f"{cut.features[0]} (N, 64, 4, 4) float32" in shown and f"3 nodes, to {cut.module}" in shown
     for words in (
         "ResNet, input x (N, 3, 32, 32) float32: 3 stages", "+ mask (N, 16) bool", "balance 0.67", "speedup 2.00x",
         "slowest: stage 1, 5.00 GFLOP a step; its costliest node is conv2d_1 (2.50 GFLOP, 50 % of the stage)",

@@ -88,7 +88,7 @@ def compiled(kind: str, n_stages: int, loss: Any = "supcon", *, lanes: int | Non
     captured.model.train()
     options.setdefault("devices", ["cpu"] * (n_stages if lanes is None else lanes))
     options.setdefault("example_inputs", ())
-    with mock.patch.object(pipeline, "analyse", lambda model, inputs: captured.found):
+    with mock.patch.object(pipeline, "analyse", lambda *given: captured.found):
         return autodecouple.compile(captured.model, n_stages, loss, **options)
 
 
@@ -125,6 +125,8 @@ def assert_same(a: Any, b: Any, where: str = "") -> None:
         assert isinstance(b, Tensor) and a.shape == b.shape, where
         assert a.dtype == b.dtype and torch.equal(a.isnan(), b.isnan()), where
         assert torch.equal(a.nan_to_num(), b.nan_to_num()), f"{where}: differs by {(a - b).abs().max()}"
+    elif isinstance(a, Result):
+        assert_same(vars(a), vars(b), where)
     elif isinstance(a, Mapping):
         assert set(a) == set(b), where
         for key in a:

@@ -99,9 +99,9 @@ class Job:
     def _backward(self, action: Action, stage: Stage, queue: Queue) -> None:
         micro_batch = _number(action)
         parcel = self._parcels.pop(("gradient", stage.index, micro_batch), None)
-        gradient = queue.receive(parcel) if parcel is not None else None
+        gradients = queue.receive(parcel) if parcel is not None else None
         queue.keep(self.work[stage.index].passages[micro_batch].values)
-        sent = stage.backward(self.work[stage.index], micro_batch, gradient)
+        sent = stage.backward(self.work[stage.index], micro_batch, gradients)
         if sent is not None:
             self._parcels["gradient", stage.index - 1, micro_batch] = queue.send(sent)
 

@@ -17,7 +17,8 @@ class Criterion(nn.Module):
     """Puts the flat outputs back into the model's own structure and compares them with the target.
 
     criterion: callable (output, target) -> scalar; None is cross-entropy on the logits, that is on the output itself
-               or on its entry `logits`, or else its only floating point tensor
+               or on its entry `logits`, or else its only floating point tensor: (N, C) with a target (N,), (N, T, V)
+               with tokens (N, T), (N, C, H, W) with (N, H, W)
     constants: the flat outputs, by position, that the model does not compute: None, numbers, ...
     """
 
@@ -47,10 +48,17 @@ class Criterion(nn.Module):
 
     def compare(self, output: Any, target: Any) -> torch.Tensor:
         """The loss; raises InputError if that is no scalar."""
-        loss = self.criterion(output if self.own else _logits(output), target)
+        loss = self.criterion(output, target) if self.own else self.criterion(_classes_second(output, target), target)
         if not isinstance(loss, torch.Tensor) or loss.ndim != 0:
             raise InputError(f"the criterion must return a scalar tensor, but returned {_describe(loss)}")
         return loss
+
+
+def _classes_second(output: Any, target: Any) -> torch.Tensor:
+    """The logits as cross-entropy wants them: classes in dimension 1, also of tokens (N, T, V)."""
+    logits = _logits(output)
+    tokens = isinstance(target, torch.Tensor) and target.ndim == 2 and target.shape == logits.shape[:2]
+    return logits.transpose(1, 2) if tokens and logits.ndim == 3 else logits
 
 
 def _logits(output: Any) -> torch.Tensor:

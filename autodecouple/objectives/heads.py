@@ -1,8 +1,8 @@
-"""What heads are built of: checks of the specs, pooling, projectors, and numerics that stay finite.
+"""What heads are built of: checks of the specs, layers, and numerics that stay finite.
 
-A head reads features in whatever shape the cut has, brings them to one vector per row (`Pool`), maps that to an
-embedding (`Projector`) and takes a loss of it in full precision (`full_precision`, `widen`). Nothing here depends on
-values in Python, so heads run on fake and meta tensors and never wait for a device.
+A head brings what the cut carries to one vector per label (`Rows`), maps that to an embedding (`Projector`) and takes
+a loss of it in full precision (`full_precision`, `widen`). Nothing here depends on values in Python, so heads run on
+fake and meta tensors and never wait for a device.
 """
 
 from __future__ import annotations
@@ -19,25 +19,47 @@ from autodecouple.errors import InputError
 from autodecouple.plans import TensorSpec
 
 PROJECTORS = ("identity", "linear", "mlp")
-_RANKS = "(N, D), (N, T, D), (N, C, H, W) or (N, C, D, H, W)"
+
+IGNORED = -100
+"""The label of what does not count: cross-entropy's default `ignore_index`."""
+
+_WAY_OUT = 'pass loss="bp" to keep these stages coupled, or an objective of your own'
 
 
-def check_specs(objective: str, features: TensorSpec, signal: TensorSpec) -> int:
-    """The number of classes, once features and labels are seen to fit; else InputError naming the way out."""
-    instead = 'pass loss="bp" to keep these stages coupled, or an objective of your own'
-    if not features.dtype.startswith(("float", "bfloat")):
-        raise InputError(f"{objective!r} reads floating-point features, but the cut carries {features}; {instead}")
-    if features.batch_dim is None or len(features.shape) not in range(2, 6):
-        raise InputError(f"{objective!r} reads features {_RANKS}, but the cut carries {features}; {instead}")
-    if signal.num_classes is None or signal.dtype != "int64" or len(signal.shape) != 1:
+def check_specs(objective: str, features: TensorSpec, signal: TensorSpec) -> None:
+    """InputError naming the way out unless heads can read the features and compare them with the signal."""
+    check_features(objective, features)
+    if signal.dtype != "int64" or len(signal.shape) not in range(1, 5):
         raise InputError(
-            f"{objective!r} needs targets that are class indices, (N,) int64 with a known number of classes, but got "
-            f"{signal} with num_classes={signal.num_classes}; dense targets are not yet supported: {instead}"
+            f"{objective!r} needs targets that are int64 class indices, (N,), (N, T), (N, H, W) or (N, D, H, W), but"
+            f" got {signal}; pass target.long() if they are indices, else {_WAY_OUT}"
         )
-    if features.shape[features.batch_dim] != signal.shape[0]:
+    rows = features.shape[features.batch_dim or 0]
+    if rows != signal.shape[0]:
         raise InputError(
-            f"{objective!r} needs one row of features per target, but {features} has "
-            f"{features.shape[features.batch_dim]} rows for {signal.shape[0]} targets; cut elsewhere, or {instead}"
+            f"{objective!r} needs one row of features per target, but {features} has {rows} rows for "
+            f"{signal.shape[0]} targets; cut elsewhere, or {_WAY_OUT}"
+        )
+
+
+def check_features(objective: str, features: TensorSpec) -> None:
+    """InputError unless the features are real or complex numbers with rows."""
+    if not features.dtype.startswith(("float", "bfloat", "complex")):
+        raise InputError(f"{objective!r} reads floating-point features, but the cut carries {features}; {_WAY_OUT}")
+    if features.batch_dim is None or len(features.shape) < 2:
+        raise InputError(
+            f"{objective!r} reads features with a batch dimension and at least one more, (N, D), (N, T, D), "
+            f"(N, C, H, W), ..., but the cut carries {features}; cut elsewhere, or {_WAY_OUT}"
+        )
+
+
+def check_classes(objective: str, signal: TensorSpec) -> int:
+    """The number of classes; InputError where nothing tells it."""
+    if signal.num_classes is None:
+        raise InputError(
+            f"{objective!r} needs to know the number of classes, but {signal} has num_classes=None, since the model has"
+            ' no output that tells it: one score per class; pass loss="supcon", which needs no number, or'
+            f" {_WAY_OUT.removeprefix('pass ')}"
         )
     return signal.num_classes
 
@@ -56,8 +78,8 @@ def check_positive(**fields: float | None) -> None:
 
 
 def head_dtype(features: TensorSpec) -> torch.dtype:
-    """The dtype of a head's parameters: float64 for float64 features, else float32."""
-    return torch.float64 if features.dtype == "float64" else torch.float32
+    """The dtype of a head's parameters: float64 for features of that precision, else float32."""
+    return torch.float64 if features.dtype in ("float64", "complex128") else torch.float32
 
 
 def widen(tensor: Tensor) -> Tensor:
@@ -77,78 +99,27 @@ def unit_rows(rows: Tensor) -> Tensor:
     return rows / torch.where(norm > 1e-12, norm, 1.0)
 
 
-class Pool(nn.Module):
-    """Features of any rank as one vector per row, (N, width), at least float32.
-
-    vectors (N, D): unchanged
-    tokens (N, T, D): the mean over the tokens that count; a row without any gives zeros. Every 3-D tensor is read
-        so, also the (N, C, L) of a 1-D convolution, whose channels are then averaged and whose L must be fixed
-    grids (N, C, H, W) and (N, C, D, H, W): means over a grid of `size` cells along each spatial dimension, fewer
-        where the example is smaller; other sizes at run time are fine (the cells are those of adaptive pooling)
-
-    size=None flattens everything, as the papers do; sizes must then stay those of the example (padded tokens count
-    as zeros). Why pool: on a VGG SCPL's flattening projectors hold 57.7 M parameters, the network itself 12.4 M.
-    """
-
-    def __init__(self, features: TensorSpec, size: int | None = 2) -> None:
-        super().__init__()
-        if features.batch_dim is None:
-            raise InputError(f"cannot pool {features}: it has no batch dimension")
-        check_positive(pool=size)
-        self.batch_dim = features.batch_dim
-        sizes = [n for dim, n in enumerate(features.shape) if dim != features.batch_dim]
-        spatial = sizes[1:] if len(sizes) > 2 else []
-        self.has_tokens = len(sizes) == 2
-        self.size = None if size is None else min([size, *spatial])
-        if self.size is None:
-            self.width = math.prod(sizes)
-        else:
-            self.width = sizes[0] * self.size ** len(spatial) if spatial else sizes[-1]
-
-    def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
-        features = features.movedim(self.batch_dim, 0)
-        if self.has_tokens and mask is not None:
-            features = features.masked_fill(~mask.unsqueeze(-1), 0)  # not a product: padding may hold inf or NaN
-        if self.size is None:
-            return self._flatten(features)
-        if self.has_tokens:
-            return _mean_tokens(features, mask)
-        for dim in range(2, features.ndim):
-            features = _mean_cells(features, dim, self.size)
-        return widen(features.flatten(1))
-
-    def _flatten(self, features: Tensor) -> Tensor:
-        if math.prod(features.shape[1:]) != self.width:
-            raise InputError(
-                f"pool=None flattens to the example's {self.width} values per row, but got features "
-                f"{tuple(features.shape)}; keep sizes fixed, or pool (pool=2)"
-            )
-        return widen(features.flatten(1))
+def row_weights(counts: Tensor, dtype: torch.dtype) -> Tensor:
+    """(R,) weights of a mean over the rows that count; all zero where none does."""
+    return counts.to(dtype) / counts.sum().clamp(min=1)
 
 
-def _mean_tokens(tokens: Tensor, mask: Tensor | None) -> Tensor:
-    dtype = torch.promote_types(tokens.dtype, torch.float32)
-    if mask is None:
-        return tokens.mean(1, dtype=dtype)
-    return tokens.sum(1, dtype=dtype) / mask.sum(1, keepdim=True).clamp(min=1)
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the rows whose label is not IGNORED; 0, where torch gives NaN, if there are none."""
+    total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    return total / (labels != IGNORED).sum().clamp(min=1)
 
 
-def _mean_cells(grid: Tensor, dim: int, cells: int) -> Tensor:
-    """Means over `cells` equal windows along a dimension, which overlap by one where it is no multiple.
+class Layers(nn.Sequential):
+    """Layers one after the other, (R, in_width) to (R, width); norms take the rows that count, (R,) bool, alone."""
 
-    Equal to adaptive average pooling, whose backward on CUDA refuses torch.use_deterministic_algorithms(True).
-    """
-    length, dtype = grid.shape[dim], torch.promote_types(grid.dtype, torch.float32)
-    if length % cells == 0:
-        split = grid.reshape(*grid.shape[:dim], cells, length // cells, *grid.shape[dim + 1 :])
-        return split.mean(dim + 1, dtype=dtype)
-    starts = [i * length // cells for i in range(cells)]
-    stops = [-(-(i + 1) * length // cells) for i in range(cells)]
-    windows = [grid.narrow(dim, i, j - i) for i, j in zip(starts, stops, strict=True)]
-    return torch.stack([window.mean(dim, dtype=dtype) for window in windows], dim)
+    def forward(self, input: Tensor, counts: Tensor | None = None) -> Tensor:
+        for layer in self:
+            input = layer(input, counts) if isinstance(layer, (Layers, RowNorm)) else layer(input)
+        return input
 
 
-class Projector(nn.Sequential):
+class Projector(Layers):
     """(N, in_width) to an embedding (N, width), the papers' kinds.
 
     identity: nothing; linear: one layer to the last of `widths`; mlp: a layer to each of `widths`, with
@@ -176,9 +147,30 @@ class Projector(nn.Sequential):
 
 
 class RowNorm(nn.BatchNorm1d):
-    """Batch normalisation that takes its running statistics for a batch of one row, where it has no variance."""
+    """Batch normalisation by the rows that count; a batch of one such row, without variance, takes the statistics."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, counts: Tensor | None = None) -> Tensor:
+        if self.training and counts is not None:
+            return self._normalise(input, *self._of_batch(widen(input), counts))
         if self.training and input.shape[0] > 1:
             return super().forward(input)
         return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+    def _of_batch(self, rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of the rows that count, into which the running ones move."""
+        assert self.running_mean is not None and self.running_var is not None
+        assert self.num_batches_tracked is not None and self.momentum is not None
+        number, weights = counts.sum(), row_weights(counts, rows.dtype).unsqueeze(1)
+        enough = number > 1
+        mean = (rows * weights).sum(0)
+        variance = ((rows - mean).square() * weights).sum(0)
+        with torch.no_grad():
+            pace = self.momentum * enough.to(rows.dtype)
+            self.running_mean.lerp_(mean, pace)
+            self.running_var.lerp_(variance * number / (number - 1).clamp(min=1), pace)
+            self.num_batches_tracked.add_(enough)
+        # copies: the statistics may move again before the backward
+        return torch.where(enough, mean, self.running_mean), torch.where(enough, variance, self.running_var)
+
+    def _normalise(self, rows: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        return ((widen(rows) - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias).to(rows.dtype)

@@ -108,7 +108,7 @@ def _limit(plan: Plan) -> str:
 
 def crossing(cut: Cut) -> tuple[TensorSpec, ...]:
     """What travels over a cut, the features first."""
-    return tuple(sorted(cut.crossing, key=lambda spec: spec.name != cut.features))
+    return tuple(sorted(cut.crossing, key=lambda spec: spec.name not in cut.features))
 
 
 def place(stage: StageSpec) -> str:

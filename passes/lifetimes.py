@@ -1,0 +1,130 @@
+"""When the memory of a graph's values is born, saved for the backward and used for the last time."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, replace
+
+from torch import Tensor, fx, nn
+
+from autodecouple.graph import Graph, Measure, attribute
+
+NEVER = 2**60
+"""A position behind every other."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What the fake run of one node showed of its memory.
+
+    born:           (storage, bytes) of memory that is new with this node: its values, and what it keeps for itself
+    saved:          storages that autograd keeps for its backward
+    forward_bytes:  most that it takes besides while it runs
+    backward_bytes: pairs (threshold, bytes), as in `Measure.backward_flops`: most that its backward takes besides,
+                    gradients included
+    """
+
+    born: tuple[tuple[int, int], ...] = ()
+    saved: frozenset[int] = frozenset()
+    forward_bytes: int = 0
+    backward_bytes: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Measured(Measure):
+    """A node's measure with its memory."""
+
+    footprint: Footprint = Footprint()
+
+    def without_backward(self) -> Measured:
+        footprint = replace(self.footprint, saved=frozenset(), backward_bytes=())
+        return replace(self, in_loss=False, backward_flops=(), activation_bytes=0, footprint=footprint)
+
+
+def footprint_of(measure: Measure) -> Footprint:
+    return measure.footprint if isinstance(measure, Measured) else Footprint()
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """The gradient of a value: its bytes, the value's birth, and the uses that give it, in order.
+
+    A stage that begins behind `depends` does not need it.
+    """
+
+    size: int
+    birth: int
+    depends: int
+    uses: tuple[int, ...]
+
+    @property
+    def last(self) -> int:
+        return self.uses[-1] if self.uses else self.birth
+
+
+class Lifetimes:
+    """Lives of everything in a measured graph; positions count its operations from 0.
+
+    sizes, births: of each storage, its bytes and birth (-1 for inputs)
+    saved, used:   of each storage, the operations that save it for their backward (with the last start of a stage
+                   which has such a backward), and the last operation that uses it
+    gradients:     by the names of the values that get one
+    weights:       (bytes, first use, last use) of each trainable parameter
+    frozen:        (bytes, uses) of every other tensor that the model owns; twice the bytes where the forward writes it
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.positions = {node: position for position, node in enumerate(graph.operations)}
+        self.sizes: dict[int, int] = {}
+        self.births: dict[int, int] = {}
+        self.saved: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        self.used: dict[int, int] = {}
+        self.gradients: dict[str, Gradient] = {}
+        for node in graph.train.graph.nodes:
+            if node.op not in ("get_attr", "output"):
+                self._meet(node)
+        self.weights: list[tuple[int, int, int]] = []
+        self.frozen: list[tuple[int, list[int]]] = []
+        self._own()
+
+    def _meet(self, node: fx.Node) -> None:
+        measure = self.graph.measures[node.name]
+        footprint = footprint_of(measure)
+        for storage, size in footprint.born:
+            self.sizes[storage], self.births[storage] = size, measure.position
+        for storage in footprint.saved:
+            self.saved[storage].append((measure.position, measure.depends))
+        last = max((self.positions.get(user, NEVER) for user in node.users), default=measure.position)
+        for storage in measure.storages:
+            self.used[storage] = max(last, self.used.get(storage, -1))
+        if node in self.positions and measure.value is not None and self._is_trained(node):
+            uses = sorted(self.positions[user] for user in node.users if user.op != "output" and self._is_trained(user))
+            self.gradients[node.name] = Gradient(
+                measure.value.num_bytes, measure.position, measure.depends, tuple(uses)
+            )
+
+    def _is_trained(self, node: fx.Node) -> bool:
+        measure = self.graph.measures[node.name]
+        return measure.in_loss and measure.gradient_since is not None
+
+    def _own(self) -> None:
+        tensors, uses = self._owned()
+        written = {s for node in self.graph.operations for s in self.graph.measures[node.name].writes}
+        for tensor, storages in tensors.values():
+            size, at = tensor.numel() * tensor.element_size(), sorted(uses[id(tensor)])
+            if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
+                self.weights += [(size, at[0], at[-1])] if at else []
+            else:
+                self.frozen.append((size * (2 if storages & written else 1), at))
+
+    def _owned(self) -> tuple[dict[int, tuple[Tensor, frozenset[int]]], dict[int, list[int]]]:
+        """The model's tensors with their storages, and where they are used."""
+        tensors: dict[int, tuple[Tensor, frozenset[int]]] = {}
+        uses: dict[int, list[int]] = defaultdict(list)
+        for node in self.graph.train.graph.find_nodes(op="get_attr"):
+            value = attribute(self.graph.train, node)
+            if isinstance(value, Tensor):
+                tensors[id(value)] = value, self.graph.measures[node.name].storages
+                uses[id(value)] += [self.positions[user] for user in node.users if user in self.positions]
+        return tensors, uses

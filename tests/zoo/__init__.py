@@ -1,0 +1,1 @@
+"""Real models of many families, tiny and with random weights, and what the compiler must do with each."""
