@@ -16,7 +16,7 @@ from autodecouple.decoupled import Decoupled
 from autodecouple.graph import Graph
 from autodecouple.options import Capturing, Loss, Options, Wish, check_model, check_training
 from autodecouple.passes.candidates import Candidate, find_cuts
-from autodecouple.passes.tied import untied
+from autodecouple.passes.capturing.tied import untied
 from autodecouple.pipeline import decide, note_untied, prepare, with_target
 from autodecouple.plans import Plan
 from autodecouple.schedules import Schedule

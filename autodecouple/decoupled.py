@@ -21,7 +21,7 @@ from autodecouple.executors import Step
 from autodecouple.fitting import Epoch
 from autodecouple.graph import Graph
 from autodecouple.options import Options
-from autodecouple.passes.bind import bind
+from autodecouple.passes.capturing.bind import bind
 from autodecouple.passes.place import check_device
 from autodecouple.pipeline import Pipeline, build
 from autodecouple.plans import Plan

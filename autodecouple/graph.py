@@ -14,7 +14,7 @@ from autodecouple.errors import InputError
 from autodecouple.plans import TensorSpec
 
 LEAF = "autodecouple_leaf"
-"""Key in the meta of a node that calls a whole module: its `passes.leaves.Leaf`."""
+"""Key in the meta of a node that calls a whole module: its `passes.capturing.leaves.Leaf`."""
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,15 @@ from autodecouple.objectives.criterion import Criterion
 from autodecouple.objectives.gather import gathered_head
 from autodecouple.options import Capturing, Options, Wish
 from autodecouple.passes import verify
-from autodecouple.passes.bind import bind
 from autodecouple.passes.candidates import Candidate, find_cuts, keep_whole
+from autodecouple.passes.capturing.bind import bind
+from autodecouple.passes.capturing.tied import Untied, untie
 from autodecouple.passes.codegen import StageCode, emit_stages
 from autodecouple.passes.inference import emit_inference
 from autodecouple.passes.insert import drawn_in_kernels, insert_heads
 from autodecouple.passes.measure import annotate
 from autodecouple.passes.partition import choose_cuts, find_classifier
 from autodecouple.passes.place import assign_lanes
-from autodecouple.passes.tied import Untied, untie
 from autodecouple.passes.trace import capture
 from autodecouple.plans import Plan, TensorSpec
 from autodecouple.randomness import Randomness

@@ -14,9 +14,9 @@ from torch import fx
 
 from autodecouple.errors import CutError
 from autodecouple.graph import Graph, module_classes, module_path
+from autodecouple.passes.capturing.tied import way_out
 from autodecouple.passes.masks import find_mask
 from autodecouple.passes.reach import Reach
-from autodecouple.passes.tied import way_out
 from autodecouple.plans import Cut, TensorSpec
 
 MOST_CARRYING = 3

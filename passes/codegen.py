@@ -11,8 +11,8 @@ import torch
 from torch import fx, nn
 
 from autodecouple.graph import Graph, attribute, module_path, operations
+from autodecouple.passes.capturing.vmaps import BODIES
 from autodecouple.passes.insert import ORIGIN, ROLE, STAGE
-from autodecouple.passes.vmaps import BODIES
 from autodecouple.plans import Plan
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import fx, nn
 
 from autodecouple.graph import LEAF, Graph, attribute, operations
-from autodecouple.passes.autocast import call_method, called
-from autodecouple.passes.vmaps import BODIES
+from autodecouple.passes.capturing.autocast import call_method, called
+from autodecouple.passes.capturing.vmaps import BODIES
 from autodecouple.plans import Cut, Plan
 
 aten = torch.ops.aten

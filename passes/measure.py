@@ -20,9 +20,9 @@ from torch.utils import _pytree as pytree
 from autodecouple.graph import LEAF, Graph, attribute, dtype_from, spec_of
 from autodecouple.objectives.gather import gathered_head
 from autodecouple.objectives.objective import Objective
-from autodecouple.passes.flops import flop_counter
-from autodecouple.passes.lifetimes import Footprint, Measured
-from autodecouple.passes.profile import PeakMemory, Profile, Profiler, Workspaces, keyed
+from autodecouple.passes.measuring.flops import flop_counter
+from autodecouple.passes.measuring.lifetimes import Footprint, Measured
+from autodecouple.passes.measuring.profile import PeakMemory, Profile, Profiler, Workspaces, keyed
 from autodecouple.plans import TensorSpec
 
 aten = torch.ops.aten

@@ -16,7 +16,7 @@ from autodecouple.errors import CutError, PartitionError
 from autodecouple.graph import Graph
 from autodecouple.objectives.objective import Objective
 from autodecouple.passes.candidates import Candidate
-from autodecouple.passes.stage_costs import FORBIDDEN, StageCosts
+from autodecouple.passes.measuring.stage_costs import FORBIDDEN, StageCosts
 from autodecouple.plans import Plan
 
 

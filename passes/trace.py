@@ -17,9 +17,10 @@ from torch.utils import _pytree as pytree
 
 from autodecouple.errors import InputError, TraceError
 from autodecouple.graph import Graph, device_of, is_free, spec_of
-from autodecouple.passes import surroundings, verify
-from autodecouple.passes.bind import as_call, bind
-from autodecouple.passes.export import Example, Export, backward_hooks
+from autodecouple.passes import verify
+from autodecouple.passes.capturing import surroundings
+from autodecouple.passes.capturing.bind import as_call, bind
+from autodecouple.passes.capturing.export import Example, Export, backward_hooks
 from autodecouple.plans import TensorSpec
 
 MODES = ("train", "eval")

@@ -9,11 +9,11 @@ import torch
 from torch import fx
 
 from autodecouple.graph import Graph, attribute, operations
-from autodecouple.passes.agree import matches_original
 from autodecouple.passes.codegen import StageCode
 from autodecouple.passes.insert import ORIGIN, ROLE, STAGE
-from autodecouple.passes.rehearse import own_errors
-from autodecouple.passes.snapshot import preserved, seeded
+from autodecouple.passes.verifying.agree import matches_original
+from autodecouple.passes.verifying.rehearse import own_errors
+from autodecouple.passes.verifying.snapshot import preserved, seeded
 from autodecouple.plans import Plan
 
 

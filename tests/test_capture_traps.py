@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from autodecouple.errors import TraceError
-from autodecouple.passes.bind import bind
 from autodecouple.passes.candidates import find_cuts
+from autodecouple.passes.capturing.bind import bind
 from autodecouple.passes.measure import annotate
 from autodecouple.passes.trace import capture
 from autodecouple.pipeline import analyse

@@ -21,11 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import autodecouple
 from autodecouple.errors import TraceError
 from autodecouple.graph import LEAF, Graph
-from autodecouple.passes.blame import modules_of
+from autodecouple.passes.capturing.blame import modules_of
+from autodecouple.passes.capturing.observe import size_rule
+from autodecouple.passes.capturing.opaque import Size
+from autodecouple.passes.capturing.surroundings import held
 from autodecouple.passes.measure import annotate
-from autodecouple.passes.observe import size_rule
-from autodecouple.passes.opaque import Size
-from autodecouple.passes.surroundings import held
 from autodecouple.passes.trace import capture
 from autodecouple.pipeline import analyse
 from autodecouple.randomness import Randomness

@@ -18,8 +18,8 @@ import autodecouple
 from autodecouple.graph import Graph
 from autodecouple.passes.candidates import find_cuts
 from autodecouple.passes.measure import annotate, flop_counter
-from autodecouple.passes.profile import Profile, Profiler
-from autodecouple.passes.stage_costs import StageCosts
+from autodecouple.passes.measuring.profile import Profile, Profiler
+from autodecouple.passes.measuring.stage_costs import StageCosts
 from autodecouple.passes.trace import capture
 
 SWEEP = settings(max_examples=8, suppress_health_check=list(HealthCheck))

@@ -24,10 +24,10 @@ import autodecouple
 from autodecouple.executors.job import Job
 from autodecouple.graph import Graph, attribute
 from autodecouple.passes.candidates import find_cuts
-from autodecouple.passes.lifetimes import Footprint, footprint_of
 from autodecouple.passes.measure import annotate
-from autodecouple.passes.memory import MemoryWalk
-from autodecouple.passes.stage_costs import StageCosts
+from autodecouple.passes.measuring.lifetimes import Footprint, footprint_of
+from autodecouple.passes.measuring.memory import MemoryWalk
+from autodecouple.passes.measuring.stage_costs import StageCosts
 from autodecouple.passes.trace import capture
 from autodecouple.randomness import Randomness
 from autodecouple.stage import Stage

@@ -24,9 +24,9 @@ from autodecouple.objectives import EarlyExit, Objective, SupCon
 from autodecouple.objectives.backprop import Backprop
 from autodecouple.objectives.gather import gathered_head
 from autodecouple.passes.candidates import Candidate
+from autodecouple.passes.measuring.stage_costs import FORBIDDEN, StageCosts
 from autodecouple.passes.partition import Problem, choose_cuts, find_classifier, minimise_slowest
 from autodecouple.passes.place import assign_lanes, default_devices
-from autodecouple.passes.stage_costs import FORBIDDEN, StageCosts
 from autodecouple.pipeline import analyse
 from autodecouple.plans import Plan, TensorSpec
 from examples import models as networks

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-from autodecouple.passes.recurrent import OPERATORS, shape_only, split_layers
+from autodecouple.passes.capturing.recurrent import OPERATORS, shape_only, split_layers
 from autodecouple.pipeline import analyse
 from autodecouple.randomness import Randomness
 

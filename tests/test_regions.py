@@ -22,9 +22,9 @@ from training_tools import Batch, assert_same, sgd, train
 
 import autodecouple
 from autodecouple.graph import attribute, module_path, operations
-from autodecouple.passes.autocast import called, under_autocast
-from autodecouple.passes.regions import inline_regions, marked
-from autodecouple.passes.vmaps import BODIES, call_whole
+from autodecouple.passes.capturing.autocast import called, under_autocast
+from autodecouple.passes.capturing.regions import inline_regions, marked
+from autodecouple.passes.capturing.vmaps import BODIES, call_whole
 
 aten = torch.ops.aten
 WIDTH = 4

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from autodecouple.errors import InputError
-from autodecouple.passes.tied import tied_names, untie, untied, way_out
+from autodecouple.passes.capturing.tied import tied_names, untie, untied, way_out
 
 WIDTH = 4
 

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from autodecouple.errors import InputError, TraceError
 from autodecouple.graph import Graph, attribute
-from autodecouple.passes.bind import as_call, bind
+from autodecouple.passes.capturing.bind import as_call, bind
 from autodecouple.passes.measure import annotate
 from autodecouple.passes.trace import capture
 from autodecouple.plans import Plan, StageSpec

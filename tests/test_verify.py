@@ -26,8 +26,8 @@ from torch.utils.checkpoint import checkpoint
 from autodecouple.errors import TraceError
 from autodecouple.graph import Graph, operations
 from autodecouple.passes import verify
-from autodecouple.passes.compare import gradient_errors, output_difference
 from autodecouple.passes.insert import ROLE, STAGE
+from autodecouple.passes.verifying.compare import gradient_errors, output_difference
 
 SWEEP = settings(max_examples=5, suppress_health_check=list(HealthCheck))
 SLOW = settings(max_examples=50, suppress_health_check=list(HealthCheck))

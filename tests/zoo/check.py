@@ -17,7 +17,7 @@ from training_tools import assert_same, comparable
 import autodecouple
 from autodecouple import Decoupled
 from autodecouple.errors import PartitionError
-from autodecouple.passes.bind import bind
+from autodecouple.passes.capturing.bind import bind
 from autodecouple.passes.inference import emit_inference
 from zoo.entry import Entry
 from zoo.ops import transformers

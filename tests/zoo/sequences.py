@@ -32,6 +32,24 @@ class Reader(nn.Module):
         return logits
 
 
+class Writer(nn.Module):
+    """A language model out of nn.TransformerEncoder and a causal mask, which torch compares with its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.positions = nn.Embedding(50, WIDTH), nn.Embedding(8, WIDTH)
+        layer = nn.TransformerEncoderLayer(WIDTH, 2, 32, 0.1, activation="gelu", batch_first=True, norm_first=True)
+        self.blocks = nn.TransformerEncoder(layer, 4, norm=nn.LayerNorm(WIDTH))
+        self.out = nn.Linear(WIDTH, 50)
+
+    def forward(self, words: Tensor) -> Tensor:
+        length = words.shape[1]
+        mask = nn.Transformer.generate_square_subsequent_mask(length, device=words.device)
+        x = self.embedding(words) + self.positions(torch.arange(length, device=words.device))
+        logits: Tensor = self.out(self.blocks(x, mask=mask))
+        return logits
+
+
 def _padded(rows: int) -> tuple[Tensor]:
     words = tokens(8, 50)(rows)
     words[::2, -3:] = 0
@@ -227,6 +245,7 @@ def entries() -> list[Entry]:
     return [
         Entry("sequences/reader", "sequences", partial(Reader, False), _padded),
         Entry("sequences/reader_norm_first", "sequences", partial(Reader, True), _padded),
+        Entry("sequences/writer", "sequences", Writer, lambda rows: (tokens(8, 50)(rows),)),
         Entry("sequences/translator", "sequences", Translator, _two),
         Entry("sequences/rotary", "sequences", Rotary, lambda rows: (tokens(8, 50)(rows),), tied="untie"),
         Entry("sequences/experts", "sequences", partial(Experts, False), _steps),

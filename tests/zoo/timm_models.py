@@ -192,11 +192,10 @@ def _xception() -> nn.Module:
     return timm.models.XceptionAligned([*blocks, {"in_chs": 48, "out_chs": 64, "no_skip": True, "stride": 1}], 5)
 
 
-def _volo(**options: Any) -> nn.Module:
+def _volo() -> nn.Module:
     model: nn.Module = timm.models.VOLO(
-        layers=(1, 1, 1, 1), img_size=64, embed_dims=(16, 32, 32, 32), num_heads=(2, 2, 2, 2), num_classes=5,
-        stem_hidden_dim=8, **options,
-    )  # fmt: skip
+        (1, 1, 1, 1), 64, num_classes=5, embed_dims=(16, 32, 32, 32), num_heads=(2, 2, 2, 2), stem_hidden_dim=8
+    )
     return model
 
 
@@ -243,8 +242,7 @@ def _classes() -> dict[str, tuple[int, Callable[[], nn.Module]]]:
         "vgg": (64, partial(models.VGG, (8, "M", 16, "M", 16, "M", 32, 32, "M"), 5, mlp_ratio=0.01,
                             norm_layer=nn.BatchNorm2d)),
         "vitamin": (64, _vitamin),
-        "volo": (64, partial(_volo)),
-        "volo_mix_token": (64, partial(_volo, use_mix_token=True)),
+        "volo": (64, _volo),
         "xception_aligned": (64, _xception),
     }  # fmt: skip
 

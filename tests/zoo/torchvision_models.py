@@ -169,7 +169,7 @@ def _built() -> dict[str, tuple[Inputs, Callable[[], nn.Module]]]:
     }
 
 
-QUICK = frozenset(("vgg", "fpn", "squeezenet1_1"))
+QUICK = frozenset(("vgg", "fpn"))
 
 
 def entries() -> list[Entry]:

@@ -75,7 +75,7 @@ AUDIO: dict[str, dict[str, Any]] = {
 RANDOM = {"layerdrop": 0.1, "apply_spec_augment": True, "mask_time_prob": 0.1}
 """How wav2vec2 trains by default: layers left out and time steps masked by Python's and numpy's random numbers."""
 
-QUICK = frozenset(("image/vit", "audio/spectrogram"))
+QUICK = frozenset(("image/vit",))
 
 
 def _pixels(rows: int, size: int = 32) -> dict[str, Tensor]:

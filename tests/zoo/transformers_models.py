@@ -167,7 +167,7 @@ SEQ2SEQ: dict[str, dict[str, Any]] = {
     "umt5": {},
 }  # fmt: skip
 
-QUICK = frozenset(("classify/fnet", "classify/distilbert", "causal/opt", "masked/electra"))
+QUICK = frozenset(("classify/fnet", "classify/distilbert", "causal/opt"))
 
 
 def config(kind: str, **options: Any) -> Any:

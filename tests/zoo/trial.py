@@ -18,7 +18,7 @@ from autodecouple import Decoupled
 from autodecouple.errors import AutodecoupleError
 from autodecouple.graph import Graph
 from autodecouple.objectives import SupCon
-from autodecouple.passes.bind import bind
+from autodecouple.passes.capturing.bind import bind
 from autodecouple.pipeline import Pipeline
 from autodecouple.randomness import Randomness
 from zoo.entry import Entry

@@ -11,8 +11,8 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from autodecouple.passes.compare import leaf_difference
-from autodecouple.passes.rehearse import Rehearsal
+from autodecouple.passes.verifying.compare import leaf_difference
+from autodecouple.passes.verifying.rehearse import Rehearsal
 
 Tensor = torch.Tensor
 

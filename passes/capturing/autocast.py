@@ -10,7 +10,7 @@ from torch import fx
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from autodecouple.passes.vmaps import call_whole
+from autodecouple.passes.capturing.vmaps import call_whole
 
 Autocast = tuple[torch.device | str, torch.dtype, bool]
 """Device, dtype and whether enabled; a torch.device is that of the operation, and follows its stage."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from autodecouple.passes import opaque
+from autodecouple.passes.capturing import opaque
 
 aten = torch.ops.aten
 

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from autodecouple.errors import TraceError
-from autodecouple.passes.observe import OpaqueError
-from autodecouple.passes.untraced import LostError
+from autodecouple.passes.capturing.observe import OpaqueError
+from autodecouple.passes.capturing.untraced import LostError
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _OWN = tuple(os.path.join(folder, "") for folder in (os.path.dirname(torch.__file__), _PACKAGE))

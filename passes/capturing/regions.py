@@ -32,10 +32,10 @@ from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.utils import _pytree as pytree
 
 from autodecouple.graph import attribute
-from autodecouple.passes.autocast import autocast_of, is_composite, under_autocast
-from autodecouple.passes.branches import Branches
-from autodecouple.passes.surroundings import Setting, held
-from autodecouple.passes.vmaps import BODIES, call_whole, fold_vmaps
+from autodecouple.passes.capturing.autocast import autocast_of, is_composite, under_autocast
+from autodecouple.passes.capturing.branches import Branches
+from autodecouple.passes.capturing.surroundings import Setting, held
+from autodecouple.passes.capturing.vmaps import BODIES, call_whole, fold_vmaps
 
 aten = torch.ops.aten
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from autodecouple.passes.snapshot import preserved, seeded
+from autodecouple.passes.verifying.snapshot import preserved, seeded
 
 Tensor = torch.Tensor
 

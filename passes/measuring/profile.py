@@ -13,9 +13,9 @@ from torch import fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autodecouple.passes.autocast import called
-from autodecouple.passes.flops import flop_counter
+from autodecouple.passes.capturing.autocast import called
 from autodecouple.passes.insert import draws
+from autodecouple.passes.measuring.flops import flop_counter
 from autodecouple.randomness import Randomness, masked
 
 aten = torch.ops.aten

@@ -11,9 +11,9 @@ from torch import fx, nn
 
 from autodecouple.errors import TraceError
 from autodecouple.graph import Graph
-from autodecouple.passes.compare import buffer_difference, gradient_errors, output_difference
-from autodecouple.passes.locate import custom_backwards, first_difference
-from autodecouple.passes.rehearse import Rehearsal, Run, own_errors
+from autodecouple.passes.verifying.compare import buffer_difference, gradient_errors, output_difference
+from autodecouple.passes.verifying.locate import custom_backwards, first_difference
+from autodecouple.passes.verifying.rehearse import Rehearsal, Run, own_errors
 
 NUM_BATCHES = 4
 """Calls in a row that are compared where a forward changes what a graph cannot know of: a counter shows by then."""

@@ -11,8 +11,8 @@ from torch import Tensor, fx
 
 from autodecouple.graph import Graph
 from autodecouple.passes.candidates import Candidate
-from autodecouple.passes.lifetimes import NEVER, Lifetimes, footprint_of
-from autodecouple.passes.stage_memory import StageMemory
+from autodecouple.passes.measuring.lifetimes import NEVER, Lifetimes, footprint_of
+from autodecouple.passes.measuring.stage_memory import StageMemory
 
 WEIGHTS, GRADIENTS, FROZEN, LIVE, SAVED, WAITING = range(6)
 

@@ -20,14 +20,15 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from autodecouple.graph import device_of
-from autodecouple.passes import blame, untraced, verify
-from autodecouple.passes.buffers import write_early
-from autodecouple.passes.leaves import Leaves
-from autodecouple.passes.observe import Call, OpaqueError, observe
-from autodecouple.passes.opaque import Sight
-from autodecouple.passes.recurrent import shape_only, split_layers
-from autodecouple.passes.regions import inline_regions, marked
-from autodecouple.passes.snapshot import preserved, seeded
+from autodecouple.passes import verify
+from autodecouple.passes.capturing import blame, untraced
+from autodecouple.passes.capturing.buffers import write_early
+from autodecouple.passes.capturing.leaves import Leaves
+from autodecouple.passes.capturing.observe import Call, OpaqueError, observe
+from autodecouple.passes.capturing.opaque import Sight
+from autodecouple.passes.capturing.recurrent import shape_only, split_layers
+from autodecouple.passes.capturing.regions import inline_regions, marked
+from autodecouple.passes.verifying.snapshot import preserved, seeded
 
 _LARGEST = 0.35
 """Share of the parameters that a module may have which runs whole without need: see `Export._take`."""

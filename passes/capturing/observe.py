@@ -17,10 +17,10 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from autodecouple.passes.flops import flop_counter
-from autodecouple.passes.opaque import Made, Sight, Size
-from autodecouple.passes.snapshot import preserved, seeded
-from autodecouple.passes.surroundings import called_instead
+from autodecouple.passes.capturing.opaque import Made, Sight, Size
+from autodecouple.passes.capturing.surroundings import called_instead
+from autodecouple.passes.measuring.flops import flop_counter
+from autodecouple.passes.verifying.snapshot import preserved, seeded
 
 Tensor = torch.Tensor
 Call = tuple[tuple[Any, ...], dict[str, Any]]

@@ -15,8 +15,8 @@ from autodecouple.graph import Graph, attribute, module_path
 from autodecouple.objectives.objective import Objective
 from autodecouple.passes.candidates import Candidate
 from autodecouple.passes.measure import HeadCost, head_cost
-from autodecouple.passes.memory import MemoryWalk
-from autodecouple.passes.stage_memory import OPTIMIZER_STATES, HeadMemory, StageMemory
+from autodecouple.passes.measuring.memory import MemoryWalk
+from autodecouple.passes.measuring.stage_memory import OPTIMIZER_STATES, HeadMemory, StageMemory
 from autodecouple.plans import Cut, Plan, StageSpec
 
 FORBIDDEN = 2**60

@@ -24,10 +24,10 @@ from torch.utils import _pytree as pytree
 
 from autodecouple.errors import TraceError
 from autodecouple.graph import LEAF
-from autodecouple.passes import opaque
-from autodecouple.passes.observe import OpaqueError, is_number, sizes_of, uses_of
-from autodecouple.passes.opaque import Made, Sight
-from autodecouple.passes.surroundings import Setting, cache_settings, called_instead, held
+from autodecouple.passes.capturing import opaque
+from autodecouple.passes.capturing.observe import OpaqueError, is_number, sizes_of, uses_of
+from autodecouple.passes.capturing.opaque import Made, Sight
+from autodecouple.passes.capturing.surroundings import Setting, cache_settings, called_instead, held
 
 Tensor = torch.Tensor
 

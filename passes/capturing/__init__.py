@@ -1,0 +1,1 @@
+"""What `trace` is made of: from a module that runs to a flat graph over its own tensors."""

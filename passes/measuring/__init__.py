@@ -1,0 +1,1 @@
+"""What a stage between any two cuts costs, in FLOPs and bytes."""

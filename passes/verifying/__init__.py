@@ -1,0 +1,1 @@
+"""What `verify` is made of: does the capture do what the model does?"""
