@@ -17,7 +17,7 @@ test: $(VENV)/.dev ## all tests but the slow ones
 	$(BIN)/python -m pytest -q
 
 slow: $(VENV)/.dev ## the slow tests
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m slow -n 2
 
 lint: $(VENV)/.dev ## ruff: rules and format
 	$(BIN)/ruff check .

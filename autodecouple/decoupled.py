@@ -121,7 +121,7 @@ class Decoupled:
         if pipeline is not None and pipeline.inference is not None:
             with torch.no_grad():
                 found = pipeline.inference(*bind(pipeline.graph, kwargs or args))
-            return pytree.tree_unflatten(list(found), pipeline.graph.out_spec)
+            return pytree.tree_unflatten(list(found), pipeline.graph.evaluation_spec)
         devices = {stage.device for stage in pipeline.stages} if pipeline is not None else set()
         if len(devices) > 1:
             raise InputError(

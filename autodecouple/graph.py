@@ -59,7 +59,7 @@ class Graph:
     inputs:     the tensors that enter, in the order of the graph's placeholders, at the example batch
     constants:  inputs that are no tensors; the capture holds for these values only
     in_spec:    how (args, kwargs) nest
-    out_spec:   how the output nests
+    out_spec:   how the output nests; evaluation_spec: how that of the evaluation mode does, where it was captured
     measures:   filled in by `passes.measure`, by node name
     target:     what the example is compared with, where that is known
     """
@@ -74,6 +74,7 @@ class Graph:
     measures: Mapping[str, Measure] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     target: TensorSpec | None = None
+    evaluation_spec: Any = None
 
     @functools.cached_property
     def operations(self) -> list[fx.Node]:

@@ -85,12 +85,14 @@ def _capture(model: nn.Module, example: Example, *, training: bool) -> Graph:
     inputs, constants, fixed = _describe(train, example)
     notes = [*([] if training else [_lost_note(model)]), *notes, *fixed]
     evaluation: fx.GraphModule | None = None
+    spec = None
     try:
         with surroundings.mode(model, training=False):
-            evaluation, _ = Export(model, example, dict(export.whole)).run()
+            evaluation, spec = Export(model, example, dict(export.whole)).run()
     except TraceError as error:
         notes.append(f"evaluation runs the model itself, on one device: its evaluation mode was not captured ({error})")
-    return Graph(model, train, evaluation, inputs, constants, example.in_spec, out_spec, warnings=tuple(notes))
+    specs: dict[str, Any] = {"in_spec": example.in_spec, "out_spec": out_spec, "evaluation_spec": spec}
+    return Graph(model, train, evaluation, inputs, constants, **specs, warnings=tuple(notes))
 
 
 def _whole_notes(whole: dict[str, str]) -> list[str]:

@@ -175,6 +175,8 @@ class Leaves:
         sight = next(sights)
         if spec != sight.in_spec:
             raise OpaqueError(f"{path!r} is called in another way than in a run of the model")
+        if any(isinstance(x, torch.SymBool) for x in leaves):
+            raise OpaqueError(f"{path!r} is handed a decision on the data, which no graph can hold")
         kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
         modes = tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds)
         self._traced[sight.key] = _Traced(path, tuple(map(_Slot.of, leaves)), torch.is_grad_enabled(), modes)

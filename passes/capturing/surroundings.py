@@ -80,7 +80,11 @@ def neutral() -> Iterator[None]:
 def cache_settings(model: nn.Module) -> list[Setting]:
     """Models of transformers return a cache of keys and values by default, which no graph can hold: switch it off."""
     configs = {id(config): config for m in model.modules() if (config := getattr(m, "config", None)) is not None}
-    return [(config, "use_cache", False) for config in configs.values() if getattr(config, "use_cache", False) is True]
+    found = [(config, name) for config in configs.values() for name in _CACHES]
+    return [(config, name, False) for config, name in found if getattr(config, name, False) is True]
+
+
+_CACHES = ("use_cache", "use_mems_eval", "use_mems_train")
 
 
 @contextlib.contextmanager

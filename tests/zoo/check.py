@@ -116,7 +116,7 @@ def equal_in_evaluation(trial: Trial, decoupled: Decoupled) -> None:
                 alike(trial.found(lambda batch=batch: call(graph.evaluation, batch)), expected)
             if inference is not None:
                 flat = trial.found(lambda batch=batch: inference(*bind(graph, batch)))
-                alike(pytree.tree_unflatten(list(flat), graph.out_spec), expected)
+                alike(pytree.tree_unflatten(list(flat), graph.evaluation_spec), expected)
     alike(_uncached(trial.found(lambda: call(decoupled, batch))), expected)
 
 

@@ -42,8 +42,9 @@ class Trial:
     def __post_init__(self) -> None:
         self.state = _tensors(self.original)
         for module in self.original.modules():
-            if getattr(getattr(module, "config", None), "use_cache", False):
-                module.config.use_cache = False  # caches are no part of the promise
+            for name in ("use_cache", "use_mems_eval"):  # caches are no part of the promise
+                if getattr(getattr(module, "config", None), name, False):
+                    setattr(module.config, name, False)
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:
