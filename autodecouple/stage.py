@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,43 +19,7 @@ from autodecouple.objectives.heads import full_precision
 from autodecouple.passes.codegen import StageCode
 from autodecouple.plans import Plan
 from autodecouple.randomness import Randomness
-
-Values = dict[str, Any]
-"""Tensors and integers by the name of the node that made them."""
-
-
-@dataclass
-class Passage:
-    """One micro-batch on its way through a stage: what was sent and made, and the gradients that wait for backward.
-
-    `coupled` names what was sent and wants its gradient sent back. Where activations are not kept, `again` runs the
-    forward once more, for the values with their graph.
-    """
-
-    values: Values
-    coupled: Sequence[str] = ()
-    again: Callable[[], AbstractContextManager[Values]] | None = None
-    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Before:
-    """A stage as it was before a batch: its buffers, and the gradients that an accumulation had gathered."""
-
-    buffers: list[torch.Tensor]
-    gradients: list[torch.Tensor | None]
-
-
-@dataclass
-class Work:
-    """What a stage holds of one batch between its forward and its update; `sizes` are the micro-batches' rows."""
-
-    sizes: Sequence[int]
-    before: Before | None = None
-    passages: dict[int, Passage] = field(default_factory=dict)
-    losses: list[torch.Tensor] = field(default_factory=list)
-    finite: list[_Flag] = field(default_factory=list)
-    outputs: dict[int, tuple[Any, ...]] = field(default_factory=dict)
+from autodecouple.work import Before, Flag, Passage, Values, Work
 
 
 @dataclass(frozen=True)
@@ -175,7 +139,7 @@ class Stage:
         weight = 1.0 if micro_batch is None else work.sizes[micro_batch] / sum(work.sizes)
         weighted = loss if weight == 1.0 else loss * weight
         work.losses.append(weighted.detach())
-        work.finite.append(_Flag(weighted.detach()))
+        work.finite.append(Flag(weighted.detach()))
         if weighted.requires_grad:
             share = weighted / self.training.accumulate if self.training.accumulate > 1 else weighted
             with full_precision(share):  # the caller's autocast is for the forward
@@ -301,25 +265,6 @@ class Stage:
             sizes = [passage.values[name].shape[dim] for passage in passages]
             for passage, part in zip(passages, leaf.grad.split(sizes, dim), strict=True):
                 passage.gradients[name] = part
-
-
-class _Flag:
-    """Whether a loss is finite, asked for without making the device wait: the answer travels behind the backward."""
-
-    def __init__(self, loss: torch.Tensor) -> None:
-        self._value = torch.isfinite(loss)
-        self._event: torch.cuda.Event | None = None
-        if loss.is_cuda:
-            host = torch.empty((), dtype=torch.bool, pin_memory=True)
-            host.copy_(self._value, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-            self._value = host
-
-    def is_set(self) -> bool:
-        if self._event is not None:
-            self._event.synchronize()
-        return bool(self._value)
 
 
 def _trainable(code: StageCode) -> list[nn.Parameter]:

@@ -15,7 +15,8 @@ from autodecouple.plans import Plan
 from autodecouple.randomness import Randomness
 from autodecouple.schedules.actions import Action, Op
 from autodecouple.schedules.program import Program
-from autodecouple.stage import Stage, Values, Work
+from autodecouple.stage import Stage
+from autodecouple.work import Values, Work
 
 
 class Job:

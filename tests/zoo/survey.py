@@ -10,9 +10,14 @@ import re
 import signal
 import statistics
 import sys
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zoo.entry import Entry
 
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
@@ -20,44 +25,61 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 LIMIT_SECONDS = 600
 
 
-def one(name: str) -> dict[str, Any]:
-    """The outcome of one entry, as data."""
+def one(name: str, answer: Connection) -> None:
+    """Send the outcome of one entry, as data."""
     import torch
 
     from zoo.catalogue import catalogue
     from zoo.check import Outcome, check
 
     torch.set_num_threads(1)
-    entry = next(entry for entry in catalogue() if entry.name == name)
+    signal.signal(signal.SIGALRM, _stop)
     signal.alarm(LIMIT_SECONDS)
+    entry = next(entry for entry in catalogue() if entry.name == name)
     try:
         outcome = check(entry)
     except BaseException as error:
         outcome = Outcome(name, entry.family, failures=(("crash", f"{type(error).__name__}: {error}"),))
-    finally:
-        signal.alarm(0)
-    return {**dataclasses.asdict(outcome), "passed": outcome.passed}
+    answer.send({**dataclasses.asdict(outcome), "passed": outcome.passed})
 
 
 def _stop(*_: object) -> None:
     raise TimeoutError(f"more than {LIMIT_SECONDS} s")
 
 
-def _prepare() -> None:
-    signal.signal(signal.SIGALRM, _stop)
-
-
-def run(names: list[str], jobs: int) -> Iterator[dict[str, Any]]:
-    """In processes of their own, which end now and then: what models leave behind goes with them."""
-    with multiprocessing.get_context("spawn").Pool(jobs, _prepare, maxtasksperchild=25) as pool:
-        for outcome in pool.imap_unordered(one, names):
-            mark = "ok  " if outcome["passed"] else "FAIL"
-            steps = ", ".join(step for step, _ in outcome["failures"])
-            print(
-                f"{mark} {outcome['name']:44} {outcome['stages']} stages {outcome['seconds']:6.1f} s  {steps}",
-                flush=True,
-            )
+def run(entries: Sequence[Entry], jobs: int) -> Iterator[dict[str, Any]]:
+    """Each in a process of its own, a copy of this one: what a model leaves behind, or a crash, stays there."""
+    context = multiprocessing.get_context("fork")
+    waiting, running = deque(entries), {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            entry, (mine, theirs) = waiting.popleft(), context.Pipe(duplex=False)
+            process = context.Process(target=one, args=(entry.name, theirs))
+            process.start()
+            theirs.close()
+            running[mine] = entry, process
+        for mine in wait(list(running)):
+            entry, process = running.pop(mine)
+            try:
+                outcome = mine.recv()
+            except EOFError:  # it ended without an answer
+                process.join()
+                outcome = crashed(entry, process.exitcode)
+            process.join()
             yield outcome
+
+
+def crashed(entry: Entry, code: int | None) -> dict[str, Any]:
+    from zoo.check import Outcome
+
+    outcome = Outcome(entry.name, entry.family, failures=(("crash", f"the process ended with {code}"),))
+    return {**dataclasses.asdict(outcome), "passed": False}
+
+
+def line(outcome: dict[str, Any]) -> str:
+    mark = "ok  " if outcome["passed"] else "FAIL"
+    steps = ", ".join(step for step, _ in outcome["failures"])
+    return f"{mark} {outcome['name']:44} {outcome['stages']} stages {outcome['seconds']:6.1f} s  {steps}"
 
 
 def table(outcomes: list[dict[str, Any]]) -> str:
@@ -83,7 +105,10 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--json", type=Path, help="file for the outcomes")
     options = parser.parse_args()
-    outcomes = list(run([entry.name for entry in catalogue() if re.search(options.only, entry.name)], options.jobs))
+    outcomes = []
+    for outcome in run([entry for entry in catalogue() if re.search(options.only, entry.name)], options.jobs):
+        outcomes.append(outcome)
+        print(line(outcome), flush=True)
     print(table(outcomes))
     if options.json:
         options.json.write_text(json.dumps(outcomes, indent=1))

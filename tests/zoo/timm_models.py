@@ -63,7 +63,6 @@ BY_NAME: dict[str, tuple[int, dict[str, Any]]] = {
     "inception_v4": (75, {}),
     "lcnetv2_small": (64, {"scale": 0.25, "head_hidden_size": 32}),
     "levit_128s": (64, {"img_size": 64, "embed_dim": (32, 48, 64), "key_dim": 8}),
-    "lowformer_b0": (64, {"width_list": (8, 8, 16, 16, 32), "head_widths": (32, 32)}),
     "test_mambaout": (64, {}),
     "test_coatnet": (64, {"img_size": 64}),
     "test_maxvit": (64, {"img_size": 64}),

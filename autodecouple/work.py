@@ -1,0 +1,66 @@
+"""One batch at one stage: what is held between its forward and its update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+Values = dict[str, Any]
+"""Tensors and integers by the name of the node that made them."""
+
+
+@dataclass
+class Passage:
+    """One micro-batch on its way through a stage: what was sent and made, and the gradients that wait for backward.
+
+    `coupled` names what was sent and wants its gradient sent back. Where activations are not kept, `again` runs the
+    forward once more, for the values with their graph.
+    """
+
+    values: Values
+    coupled: Sequence[str] = ()
+    again: Callable[[], AbstractContextManager[Values]] | None = None
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Before:
+    """A stage as it was before a batch: its buffers, and the gradients that an accumulation had gathered."""
+
+    buffers: list[torch.Tensor]
+    gradients: list[torch.Tensor | None]
+
+
+@dataclass
+class Work:
+    """What a stage holds of one batch between its forward and its update; `sizes` are the micro-batches' rows."""
+
+    sizes: Sequence[int]
+    before: Before | None = None
+    passages: dict[int, Passage] = field(default_factory=dict)
+    losses: list[torch.Tensor] = field(default_factory=list)
+    finite: list[Flag] = field(default_factory=list)
+    outputs: dict[int, tuple[Any, ...]] = field(default_factory=dict)
+
+
+class Flag:
+    """Whether a loss is finite, asked for without making the device wait: the answer travels behind the backward."""
+
+    def __init__(self, loss: torch.Tensor) -> None:
+        self._value = torch.isfinite(loss)
+        self._event: torch.cuda.Event | None = None
+        if loss.is_cuda:
+            host = torch.empty((), dtype=torch.bool, pin_memory=True)
+            host.copy_(self._value, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+            self._value = host
+
+    def is_set(self) -> bool:
+        if self._event is not None:
+            self._event.synchronize()
+        return bool(self._value)
