@@ -63,6 +63,7 @@ def insert_heads(graph: Graph, plan: Plan, heads: Sequence[nn.Module | None], cr
     with work.inserting_before(work.output_node()):
         losses.append(_criterion(work, len(plan.cuts), signal))
     _key_randomness(work, randomness)
+    _guard_group_norms(graph, plan, work)
     outputs = work.output_node().args[0]
     work.output_node().args = ((tuple(losses), outputs),)
     root: dict[str, Any] = {str(n.target): attribute(graph.train, n) for n in work.find_nodes(op="get_attr")}
@@ -165,6 +166,29 @@ def _key_randomness(work: fx.Graph, randomness: fx.Node) -> None:
             call_method(node, "attention", (randomness, node.name, *args))
         else:
             call_method(node, "seeded", (randomness, operation, node.name, *args))
+
+
+def _guard_group_norms(graph: Graph, plan: Plan, work: fx.Graph) -> None:
+    """Hand group norms plain memory where their input needs no gradient: behind a cut, or at the model's input.
+
+    torch 2.13 crashes on a CPU in the backward of one whose input is channels_last and needs none.
+    """
+    starts = [graph.measures[stage.nodes[0]].position for stage in plan.stages]
+    for node in operations(work):
+        operation, args = called(node)
+        if operation is not aten.group_norm.default or not isinstance(args[0], fx.Node):
+            continue
+        source = graph.measures[args[0].meta.get(ORIGIN, args[0].name)]
+        if source.depends < starts[node.meta[STAGE]]:
+            with work.inserting_before(node):
+                plain = work.call_function(plain_memory, (args[0],))
+            plain.meta[STAGE] = node.meta[STAGE]
+            node.replace_input_with(args[0], plain)
+
+
+def plain_memory(x: torch.Tensor) -> torch.Tensor:
+    """On a CPU the same values in memory that is contiguous; elsewhere the tensor itself."""
+    return x.contiguous() if x.device.type == "cpu" else x
 
 
 def draws(node: fx.Node) -> bool:

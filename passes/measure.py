@@ -282,7 +282,7 @@ def written(node: fx.Node, storages: Callable[[fx.Node], Iterable[int]]) -> froz
     named = {arg.name: arg for arg in schema.arguments}
     given = dict(zip(named, node.args, strict=False)) | dict(node.kwargs)
     mutated = [n for n, arg in named.items() if arg.alias_info is not None and arg.alias_info.is_write]
-    if node.target in _BATCH_NORMS:  # their schema keeps silent about the running statistics
+    if node.target in _BATCH_NORMS and node.args[5] is True:  # their schema keeps silent about the running statistics
         mutated += ["running_mean", "running_var"]
     sources = [leaf for n in mutated for leaf in pytree.tree_leaves(given.get(n)) if isinstance(leaf, fx.Node)]
     return frozenset(storage for source in sources for storage in storages(source))

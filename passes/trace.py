@@ -21,6 +21,7 @@ from autodecouple.passes import verify
 from autodecouple.passes.capturing import surroundings
 from autodecouple.passes.capturing.bind import as_call, bind
 from autodecouple.passes.capturing.export import Example, Export, backward_hooks
+from autodecouple.passes.capturing.recurrent import draws_as_fused, split_layers
 from autodecouple.plans import TensorSpec
 
 MODES = ("train", "eval")
@@ -45,6 +46,10 @@ def capture(model: nn.Module, example_inputs: Any, *, mode: str = "train", dynam
         if example.is_real and device_of(model).type != "meta":
             notes = _verify(graph, example, training=mode == "train")
             graph = dataclasses.replace(graph, warnings=(*graph.warnings, *notes))
+        if not draws_as_fused(model):
+            for module in filter(None, (graph.train, graph.evaluation)):
+                split_layers(module)
+            graph = dataclasses.replace(graph)  # which forgets what it knew of its nodes
         return graph
 
 

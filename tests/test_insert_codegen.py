@@ -713,3 +713,27 @@ def test_inputs_by_name_reach_their_stage(inputs: dict[str, int]) -> None:
     built = build(model, {name: values[name] for name in inputs}, 2)
     assert len(built.codes) == 2
     assert torch.equal(built.output(built.run(values)[-1]), call(model, values))
+
+
+class Plain(nn.Module):
+    """A group norm right behind every cut, in channels_last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(3))
+        self.norms = nn.ModuleList(nn.GroupNorm(2, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = norm(conv(x))
+        return x.mean((2, 3))
+
+
+def test_a_group_norm_behind_a_cut_does_not_crash() -> None:
+    """torch 2.13 crashes in its backward where the input is channels_last and needs no gradient: the process died."""
+    x = torch.randn(4, 4, 6, 6).to(memory_format=torch.channels_last)
+    options: dict[str, Any] = {"devices": ["cpu"], "cut_at": ["convs.0", "convs.1"], "schedule": "sequential"}
+    with autodecouple.compile(Plain(), 3, SMALL, example_inputs=(x,), **options) as decoupled:
+        assert all(decoupled.train_step(x, target(4)).losses)
+        text = "".join(decoupled.code)
+    assert text.count("plain_memory(") == 2

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +18,9 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
+import autodecouple
+from autodecouple.passes import trace
+from autodecouple.passes.capturing import export as exporting
 from autodecouple.passes.capturing.recurrent import OPERATORS, shape_only, split_layers
 from autodecouple.pipeline import analyse
 from autodecouple.randomness import Randomness
@@ -430,3 +434,24 @@ def test_every_border_between_layers_is_a_legal_cut() -> None:
     _, candidates = analyse(Classifier("lstm", 0.0), (tokens(4),))
     legal = {candidate.node for candidate in candidates if candidate.cut is not None}
     assert {f"lstm_layer{index}_output" for index in range(3)} <= legal
+
+
+def test_layers_whose_kernel_draws_by_itself_are_parted_after_the_comparison() -> None:
+    """cuDNN draws dropout inside its kernel: parted layers draw other masks, and the capture was taken for wrong."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.last = nn.LSTM(4, 6, 3, dropout=0.5, batch_first=True), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.last(self.rnn(x)[0][:, -1])
+            return y
+
+    with (
+        mock.patch.object(trace, "draws_as_fused", lambda model: False),
+        mock.patch.object(exporting, "draws_as_fused", lambda model: False),
+    ):
+        plan = autodecouple.plan(Model(), (torch.randn(4, 5, 4),), 3, devices=["cpu"])
+    assert len(plan.stages) == 3
+    assert any("lstm_layer2" in name for name in plan.stages[-1].nodes)

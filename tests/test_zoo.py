@@ -16,14 +16,12 @@ from zoo.entry import Entry
 EXCEPTIONS: dict[str, str] = {
     "awkward/binary_inline": "Sign has a backward of its own, which a graph would lose",  # in the outermost forward
     "awkward/checkpoint_reentrant": "CheckpointFunction has a backward of its own",  # in the outermost forward
-    "awkward/frozen": "buffer 'norm.running_mean' is used on both sides",  # one norm, called everywhere
+    "awkward/frozen": "parameter 'watched.weight' is used on both sides",  # watched all the way, for nothing
     "awkward/mirrored": "parameter 'weights.0' is used on both sides",  # every weight serves at both ends
     "causal/recurrent_gemma": "The size of tensor a (3) must match",  # keeps the last batch in an attribute
     "classify/reformer": "Expected gradient function to be set",  # a backward that calls autograd itself
     "seq2seq/fsmt": "n_stages=4, but the legal cuts allow at most 1",  # decides by a tensor outside of its layers
     "seq2seq/m2m_100": "n_stages=4, but the legal cuts allow at most 3",  # its encoder decides by a tensor
-    "sequences/memory": "is the batch alone",  # uses its batch size as a number
-    "torchvision/densenet_checkpointed": "running_mean' after the forward",  # recomputing updates its statistics twice
     "torchvision/raft": "would have no trainable parameter",  # one block, applied again and again
 }
 """Entries that do not pass: the step that fails, and the reason, in words that the library's own message holds."""

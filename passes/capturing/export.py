@@ -26,8 +26,9 @@ from autodecouple.passes.capturing.buffers import write_early
 from autodecouple.passes.capturing.leaves import Leaves
 from autodecouple.passes.capturing.observe import Call, OpaqueError, observe
 from autodecouple.passes.capturing.opaque import Sight
-from autodecouple.passes.capturing.recurrent import shape_only, split_layers
+from autodecouple.passes.capturing.recurrent import draws_as_fused, shape_only, split_layers
 from autodecouple.passes.capturing.regions import inline_regions, marked
+from autodecouple.passes.capturing.surroundings import symbolic
 from autodecouple.passes.verifying.snapshot import preserved, seeded
 
 _LARGEST = 0.35
@@ -146,7 +147,8 @@ class Export:
             assert isinstance(module, fx.GraphModule)
             _drop_checks(module)
             write_early(module)
-            split_layers(module)  # before an autocast region wraps the layers
+            if draws_as_fused(self.model):
+                split_layers(module)  # before an autocast region wraps the layers
             inline_regions(module)
             self.whole = {path: self.whole[path] for path in leaves.settle(module)}
         except Exception as error:
@@ -240,7 +242,7 @@ def backward_hooks(model: nn.Module) -> dict[str, str]:
 def _export(model: nn.Module, example: Example) -> torch.export.ExportedProgram:
     args, kwargs = example.fake(device_of(model))
     shapes, named = pytree.tree_unflatten([example.free(leaf) for leaf in example.leaves], example.in_spec)
-    with shape_only(), marked(), _spelled_out(model, kwargs) as signature:
+    with shape_only(), marked(), symbolic(model), _spelled_out(model, kwargs) as signature:
         # the form that export wants: names as in the signature, *args and **kwargs under theirs
         by_name = dict(signature.bind(*shapes, **named).arguments)
         return torch.export.export(model, args, kwargs, dynamic_shapes=by_name, strict=False)

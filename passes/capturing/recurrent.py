@@ -74,6 +74,14 @@ def _link(*sources: Tensor) -> Tensor:
 _KERNELS: dict[Any, Callable[..., Any]] = dict.fromkeys(OPERATORS, _recurrent) | {aten.lstm.input: _lstm}
 
 
+def draws_as_fused(model: torch.nn.Module) -> bool:
+    """Whether layers that stand apart draw the dropout masks of the fused kernel, so that a comparison shows the same.
+
+    Those of the CPU do; cuDNN draws inside its kernel.
+    """
+    return all(parameter.device.type != "cuda" for parameter in model.parameters())
+
+
 def split_layers(module: fx.GraphModule) -> None:
     """Rewrite, in place, every recurrent node of several layers as one node per layer, with the same result.
 

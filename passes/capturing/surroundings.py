@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +15,7 @@ from unittest import mock
 import torch
 from torch import nn
 from torch.export import _trace
+from torch.nn.modules import transformer
 
 Setting = tuple[Any, str, Any]
 """An object, the name of an attribute, and the value that it shall have."""
@@ -65,6 +67,29 @@ def mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     finally:
         for module, flag in before.items():
             module.training = flag
+
+
+@contextlib.contextmanager
+def symbolic(model: nn.Module) -> Iterator[None]:
+    """Let what only looks like a decision on data stay open.
+
+    `len(x)` in the model's own files gives the free size; nn.Transformer does not look whether a mask is causal, which
+    is a hint to the kernel: the mask itself is applied anyway.
+    """
+    files = {type(module).__module__ for module in model.modules()}
+    with contextlib.ExitStack() as stack:
+        for name in files - {name for name in files if name.startswith("torch.")}:
+            stack.enter_context(mock.patch.dict(vars(sys.modules[name]), {"len": _length}))
+        stack.enter_context(mock.patch.object(transformer, "_detect_is_causal_mask", _is_said_to_be_causal))
+        yield
+
+
+def _length(value: Any) -> Any:
+    return value.shape[0] if isinstance(value, torch.Tensor) and value.ndim else len(value)
+
+
+def _is_said_to_be_causal(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:
+    return is_causal is True
 
 
 @contextlib.contextmanager

@@ -41,10 +41,12 @@ class Rehearsal:
         with preserved(self.model, module) as snapshot, torch.enable_grad():
             _prepare(self.model, self.training)
             first = self._call(module, 0)
+            buffers = _buffers(self.model)  # before a backward that runs a part of the forward again (checkpoint)
             refused = _backward(first) if self.gradients else ""  # before the next call, which may write into it
             outputs = [_released(first)]
             outputs += [_released(self._call(module, seed)) for seed in range(1, batches)]
-            return Run(tuple(outputs), _gradients(self.model), _buffers(self.model), snapshot.hidden(), refused)
+            buffers = buffers if batches == 1 else _buffers(self.model)
+            return Run(tuple(outputs), _gradients(self.model), buffers, snapshot.hidden(), refused)
 
     def outputs(self, module: nn.Module) -> Any:
         """The outputs of one call, with their autograd graph."""

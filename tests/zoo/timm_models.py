@@ -18,6 +18,7 @@ EMBED = {"depths": (1, 1, 2, 1), "embed_dims": (8, 16, 24, 32)}
 HEADS = {"embed_dims": (16, 32, 48, 64), "num_heads": (1, 2, 3, 4)}
 
 BY_NAME: dict[str, tuple[int, dict[str, Any]]] = {
+    "lowformer_b0": (64, {"width_list": (8, 8, 16, 16, 32), "head_widths": (32, 32)}),
     "beit_base_patch16_224": (32, VIT),
     "test_byobnet": (64, {}),
     "cait_xxs24_224": (32, VIT),
