@@ -352,7 +352,7 @@ def test_a_real_model_with_meta_inputs_is_captured_over_its_own_parameters() -> 
 
 
 class FixedBatch(nn.Module):
-    """Uses the number of its rows, by a literal or by len(): Python makes a plain number of it."""
+    """Uses the number of its rows, by a literal or by x.__len__(): Python makes a plain number of it."""
 
     def __init__(self, way: str) -> None:
         super().__init__()
@@ -360,11 +360,11 @@ class FixedBatch(nn.Module):
         self.layer = nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.layer(x.view(6 if self.way == "literal" else len(x), 4))
+        y: Tensor = self.layer(x.view(6 if self.way == "literal" else x.__len__(), 4))
         return y
 
 
-@pytest.mark.parametrize("way", ["literal", "len"])
+@pytest.mark.parametrize("way", ["literal", "dunder"])
 def test_a_fixed_batch_size_is_said_and_another_batch_refused(way: str) -> None:
     graph = capture(FixedBatch(way), torch.randn(6, 4))
     assert graph.inputs[0].batch_dim is None
@@ -372,6 +372,25 @@ def test_a_fixed_batch_size_is_said_and_another_batch_refused(way: str) -> None:
     bind(graph, torch.randn(6, 4))
     with pytest.raises(InputError, match=r"5, 4"):
         bind(graph, torch.randn(5, 4))
+
+
+class Counted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x.view(len(x), -1)) / len(x)
+        return y
+
+
+def test_len_of_the_batch_stays_free() -> None:
+    """Python wants a number of len(), and that fixed the batch of every model with `x.view(len(x), -1)`."""
+    model = Counted()
+    graph = capture(model, torch.randn(6, 2, 2))
+    assert graph.inputs[0].batch_dim == 0 and not graph.warnings
+    x = torch.randn(5, 2, 2)
+    assert torch.equal(run(graph, x, training=True), model(x))
 
 
 class Branch(nn.Module):
@@ -697,9 +716,9 @@ def test_caches_are_switched_off_for_the_capture() -> None:
         assert list(found) == ["logits"]
 
 
-@pytest.mark.parametrize("kind", ["len", "loop"])
+@pytest.mark.parametrize("kind", ["dunder", "loop"])
 def test_a_module_that_counts_its_rows_runs_whole(kind: str) -> None:
-    """A small block with len(x) or a loop over rows once fixed the whole model to the example's batch."""
+    """A small block with a number of rows or a loop over rows once fixed the whole model to the example's batch."""
 
     class Counting(nn.Module):
         def __init__(self) -> None:
@@ -707,7 +726,9 @@ def test_a_module_that_counts_its_rows_runs_whole(kind: str) -> None:
             self.layer = nn.Linear(4, 4)
 
         def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.layer(x.view(len(x), 4)) if kind == "len" else torch.stack([self.layer(r) for r in x])
+            y: Tensor = (
+                self.layer(x.view(x.__len__(), 4)) if kind == "dunder" else torch.stack([self.layer(r) for r in x])
+            )
             return y
 
     model = nn.Sequential(nn.Linear(4, 16), nn.Linear(16, 4), Counting(), nn.Linear(4, 3))
