@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +96,10 @@ class Oracle:
 
     def uses(self, name: str) -> list[int]:
         nodes = [n for n in self.train.graph.find_nodes(op="get_attr") if str(n.target) == name]
-        return [self.positions[user] for node in nodes for user in node.users]
+        readers = [self.positions[user] for node in nodes for user in node.users]
+        versions = [[moment[node.name].version for moment in self.four.moments] for node in nodes]
+        writers = [p + 1 for seen in versions for p, (a, b) in enumerate(itertools.pairwise(seen)) if a != b]
+        return [*readers, *writers]
 
     def carrying(self, position: int) -> set[str]:
         now = self.four.moments[position]
