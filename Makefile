@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow lint types all
+.PHONY: help demo test slow zoo lint types all
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/\1\t\2/' | expand -t 8
@@ -16,8 +16,11 @@ demo: $(VENV)/.examples ## train a small model in four stages (seconds, CPU)
 test: $(VENV)/.dev ## all tests but the slow ones
 	$(BIN)/python -m pytest -q
 
-slow: $(VENV)/.dev ## the slow tests
-	$(BIN)/python -m pytest -q -m slow -n 2
+slow: $(VENV)/.dev ## the slow tests, the zoo aside
+	$(BIN)/python -m pytest -q -m "slow and not zoo" -n 2
+
+zoo: $(VENV)/.dev ## all models of the zoo (half an hour of one core)
+	$(BIN)/python -m pytest -q -m zoo -n 2
 
 lint: $(VENV)/.dev ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -26,7 +29,7 @@ lint: $(VENV)/.dev ## ruff: rules and format
 types: $(VENV)/.dev ## mypy --strict on the library
 	$(BIN)/mypy
 
-all: lint types test slow ## everything that CI runs
+all: lint types test slow zoo ## everything
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,6 +1,7 @@
 """Any model: every entry of the zoo is captured, split in four, composed, trained and streamed.
 
-`python tests/zoo/survey.py` prints what became of each. The quick suite takes some of every family; the rest is slow.
+`python tests/zoo/survey.py` prints what became of each. The quick suite takes some of every family; `make zoo` runs
+the rest.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def outcome(name: str) -> Outcome:
 
 
 def marked(entry: Entry) -> object:
-    marks = () if entry.quick else (pytest.mark.slow, pytest.mark.timeout(900))
+    marks = () if entry.quick else (pytest.mark.slow, pytest.mark.zoo, pytest.mark.timeout(900))
     return pytest.param(entry.name, id=entry.name, marks=marks)
 
 
