@@ -159,8 +159,8 @@ def test_an_encoder_with_layerdrop_runs_whole_or_trains_as_it_evaluates() -> Non
 @pytest.mark.slow
 def test_caches_and_outputs_of_transformers() -> None:
     """Trap 7: use_cache=True is the default; a ModelOutput comes back as itself, at another length too."""
-    pytest.importorskip("zoo.ops")
-    transformers = pytest.importorskip("transformers")
+    from zoo.ops import transformers  # slow to import, and in need of torchvision's operators
+
     options = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "vocab_size": 50}
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**options))
     inputs = {"input_ids": torch.randint(50, (4, 4)), "attention_mask": torch.ones(4, 4, dtype=torch.int64)}

@@ -506,7 +506,8 @@ def test_stages_with_branches_stream() -> None:
 @pytest.mark.slow
 def test_rotary_embeddings_of_a_language_model() -> None:
     """Their cosines are taken under no_grad, of what carries no gradient: nothing need be detached."""
-    transformers = pytest.importorskip("transformers")
+    from zoo.ops import transformers  # slow to import, and in need of torchvision's operators
+
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = transformers.LlamaConfig(vocab_size=20, use_cache=False, **sizes)
     model = made(transformers.LlamaForCausalLM, config)
