@@ -16,12 +16,13 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from autodecouple.errors import InputError, TraceError
-from autodecouple.graph import Graph, device_of, is_free, spec_of
+from autodecouple.graph import LEAF, Graph, device_of, is_free, spec_of
 from autodecouple.passes import verify
 from autodecouple.passes.capturing import surroundings
 from autodecouple.passes.capturing.bind import as_call, bind
 from autodecouple.passes.capturing.export import Example, Export, backward_hooks
 from autodecouple.passes.capturing.recurrent import draws_as_fused, split_layers
+from autodecouple.passes.verifying.sizes import takes_other_sizes
 from autodecouple.plans import TensorSpec
 
 MODES = ("train", "eval")
@@ -56,6 +57,9 @@ def capture(model: nn.Module, example_inputs: Any, *, mode: str = "train", dynam
 def _verify(graph: Graph, example: Example, *, training: bool) -> tuple[str, ...]:
     """Compare with the original on two rows, which show all that many would, or on the whole example if those fail."""
     batched = {spec.name for spec in graph.inputs if spec.batch_dim == 0}
+    if any(LEAF in node.meta for node in graph.operations):
+        with surroundings.mode(graph.model, training=training):
+            takes_other_sizes(graph, example.resized()[:2])
     names = [node.name for node in graph.train.graph.find_nodes(op="placeholder")]
     few = [leaf[:2] if name in batched else leaf for name, leaf in zip(names, example.leaves, strict=True)]
     try:

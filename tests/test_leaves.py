@@ -563,6 +563,27 @@ def test_functional_state_is_part_of_the_graph() -> None:
     assert same(trained(model, model, 5), trained(model, graph.train, 5))
 
 
+class Renewed(Net):
+    """Every call begins with a fresh state, unless it goes on from a cache: the capture has neither."""
+
+    def forward(self, x: Tensor, go_on: bool = False) -> Tensor:
+        if not torch.compiler.is_exporting() and not go_on:
+            self.blocks[0].state = None  # type: ignore[assignment]
+        return super().forward(x)
+
+
+def test_a_state_kept_from_batch_to_batch_is_refused_by_name() -> None:
+    """RecurrentGemma's linear unit goes on from the last batch's state: a smaller last batch failed in training."""
+
+    def going_on(self: Block, x: Tensor) -> Tensor:
+        y: Tensor = flip(self.layer(x))
+        self.state = y.detach() if getattr(self, "state", None) is None else self.state * 0 + y.detach()  # type: ignore
+        return y + 0 * self.state
+
+    with pytest.raises(TraceError, match=r"no batch of another size.*blocks\.0\.state"):
+        capture(Renewed(going_on), (batch(),))
+
+
 def test_meta_tensors_cannot_show_what_a_module_does() -> None:
     with pytest.raises(TraceError, match="pass real tensors as example inputs"):
         capture(Net("branch"), batch().to("meta"))

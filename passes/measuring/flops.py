@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,19 @@ aten = torch.ops.aten
 
 def flop_counter() -> FlopCounterMode:
     """torch's counter (a multiply-add is two), extended to the fused attention and recurrent kernels of the CPU."""
-    return FlopCounterMode(display=False, custom_mapping=_formulas())
+    counter = FlopCounterMode(display=False, custom_mapping=_formulas())
+    counter.mod_tracker = _Whole()  # type: ignore[assignment]
+    return counter
+
+
+class _Whole(contextlib.AbstractContextManager[None]):
+    """Counts all as one, where torch's tracker hooks every module to count it apart: no total needs that, and a module
+    whose backward calls its parts again, without gradients for their inputs, fails under those hooks."""
+
+    parents = frozenset({"Global"})
+
+    def __exit__(self, *error: object) -> None:
+        return None
 
 
 def _formulas() -> dict[Any, Callable[..., int]]:
