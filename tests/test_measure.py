@@ -430,7 +430,7 @@ def run_all(graph: Graph, program: Program, rows: int) -> dict[str, Any]:
 
 
 def test_counting_hooks_no_module() -> None:
-    """torch's counter hooks every module to count it apart. In Reformer's backward, which calls modules again, its hooks
+    """torch's counter hooks every module to count it apart. In Reformer's backward, which calls some again, its hooks
     failed, and capture raised a bare AssertionError."""
     hooks = torch.nn.modules.module._global_forward_pre_hooks
     before = len(hooks)
