@@ -8,13 +8,14 @@ import pytest
 import torch
 from graph_strategies import touch
 from stage_builder import Built, build, target
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from autodecouple.errors import TraceError
 from autodecouple.passes.candidates import find_cuts
 from autodecouple.passes.capturing.bind import bind
+from autodecouple.passes.codegen import rehome
 from autodecouple.passes.measure import annotate
 from autodecouple.passes.trace import capture
 from autodecouple.pipeline import analyse
@@ -96,6 +97,25 @@ class Constants(nn.Module):
 
 def test_lifted_constants_go_to_every_stage_that_reads_them() -> None:
     check(Constants(), (torch.randn(4, 8),), (torch.randn(7, 8),), 4)
+
+
+@pytest.mark.parametrize("kind", ["constants", "rotary"])
+def test_baked_devices_follow_the_stage(kind: str) -> None:
+    """Trap 9: 101 graphs hold the device of the capture as a constant, some inside a graph of their own; a stage that
+    is placed elsewhere would make its tensors on the wrong one."""
+    model, inputs = (Constants(), (torch.randn(4, 8),)) if kind == "constants" else (Rotary(), tokens(4))
+    built = build(model, inputs, 3)
+    assert any("device" in node.kwargs for code in built.codes for node in _nodes(code.body)), "nothing baked: no test"
+    received = {name: value.to("meta") for name, value in built.values(inputs).items()}
+    for index, code in enumerate(built.codes):
+        rehome(code, torch.device("meta"))
+        code.body.to("meta")
+        received = built.stage(index, received)
+        assert all(value.is_meta for value in received.values() if isinstance(value, Tensor))
+
+
+def _nodes(module: nn.Module) -> list[fx.Node]:
+    return [node for part in module.modules() if isinstance(part, fx.GraphModule) for node in part.graph.nodes]
 
 
 class Checkpointed(nn.Module):

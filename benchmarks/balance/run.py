@@ -81,9 +81,11 @@ TRANSFORMERS = [
 
 def main() -> None:
     args = parse()
-    rows = [row for name, example in networks() if re.search(args.only, name) for row in [measure(name, example, args)]]
-    for row in rows:
-        print(f"{row['network']:36} {row['balance'] or '-':>6}  {row['note']}")
+    rows = []
+    for name, example in networks():
+        if re.search(args.only, name):
+            rows.append(row := measure(name, example, args))
+            print(f"{row['network']:36} {row['balance'] or '-':>6}  {row['note']}", flush=True)
     found = [row["balance"] for row in rows if row["balance"]]
     print(f"\nmedian {statistics.median(found):.3f}; at least 0.85: {sum(b >= 0.85 for b in found)} of {len(found)}")
     if args.json:
