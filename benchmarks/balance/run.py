@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
-from zoo import ops  # noqa: F401 - torchvision and transformers, also beside a torch for the CPU
+from zoo.ops import transformers
 
 import autodecouple
-from autodecouple.errors import AutodecoupleError
 from autodecouple.targets import load
 
 IMAGES = ((8, 3, 224, 224), "float32")
@@ -63,20 +63,8 @@ TIMM = [
     "coat_lite_tiny",
     "xcit_tiny_12_p16_224",
 ]
-TRANSFORMERS = [
-    "bert",
-    "roberta",
-    "distilbert",
-    "electra",
-    "albert",
-    "mpnet",
-    "deberta-v2",
-    "gpt2",
-    "opt",
-    "gpt_neo",
-    "bart",
-    "t5",
-]
+TRANSFORMERS = ["bert", "roberta", "distilbert", "electra", "albert", "mpnet", "deberta-v2"]
+LANGUAGE_MODELS = ["gpt2", "opt", "gpt_neo", "gpt_neox", "llama", "bart", "t5"]
 
 
 def main() -> None:
@@ -98,16 +86,32 @@ def networks() -> list[tuple[str, tuple[tuple[int, ...], str]]]:
           for name in TORCHVISION),
         *((f"timm:{name}", ((8, 3, 240, 240), "float32") if "240" in name else IMAGES) for name in TIMM),
         *((f"hf:{name}", TOKENS) for name in TRANSFORMERS),
+        *((f"lm:{name}", TOKENS) for name in LANGUAGE_MODELS),
     ]  # fmt: skip
+
+
+def language_model(name: str) -> nn.Module:
+    """One that says the next token, or for an encoder with a decoder the decoder's, without weights.
+
+    What these networks do for classes looks for the last token, which only real data have.
+    """
+    config = transformers.CONFIG_MAPPING[name]()
+    kind = "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM"
+    with torch.device("meta"):
+        model: nn.Module = getattr(transformers, kind).from_config(config)
+    return model
 
 
 def measure(name: str, example: tuple[tuple[int, ...], str], args: argparse.Namespace) -> dict[str, Any]:
     """The optimum over the legal cuts, and what takes most of the slowest stage."""
     shape, dtype = example
-    inputs = (torch.empty(shape, dtype=getattr(torch, dtype), device="meta"),)
+    values = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+    model = language_model(name[3:]) if name.startswith("lm:") else load(name, weightless=True)
+    names = ["input_ids", *["decoder_input_ids"] * name.endswith(("bart", "t5"))]
+    inputs = dict.fromkeys(names, values) if name.startswith("lm:") else (values,)
     try:
-        plan = autodecouple.plan(load(name, weightless=True), inputs, args.stages, tied="untie", devices=["cpu"])
-    except AutodecoupleError as error:
+        plan = autodecouple.plan(model, inputs, args.stages, tied="untie", devices=["cpu"])
+    except Exception as error:
         return {"network": name, "balance": None, "note": str(error).splitlines()[0][:120]}
     slow = plan.bottleneck
     note = f"slowest: stage {slow.index}, {slow.costliest_node} takes {slow.costliest_flops / slow.flops:.0%} of it"
