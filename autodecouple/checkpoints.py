@@ -31,8 +31,8 @@ import torch
 from autodecouple.errors import CheckpointError
 from autodecouple.flat import flatten, unflatten
 
-SUMS = "sums.json"
-OWN = (".metadata", "__*.distcp", "model.safetensors", "plan.json", SUMS)
+WEIGHTS, PLAN, SUMS = "model.safetensors", "plan.json", "sums.json"
+OWN = (".metadata", "__*.distcp", WEIGHTS, PLAN, SUMS)
 
 
 def check_target(path: Path) -> None:
@@ -75,8 +75,9 @@ def _write_files(flat: Mapping[str, Any], folder: Path) -> None:
     storage.write(dict(flat), folder)
     weights = {name: value for name, value in flat.items() if name.startswith("model.")}
     tensors = {name[len("model.") :]: value for name, value in weights.items() if isinstance(value, torch.Tensor)}
-    storage.write_weights(tensors, flat["progress"]["aliases"], folder / "model.safetensors")
-    (folder / "plan.json").write_text(flat["progress"]["plan"], encoding="utf8")
+    (folder / PLAN).write_text(flat["progress"]["plan"], encoding="utf8")
+    storage.write_weights(tensors, flat["progress"]["aliases"], folder / WEIGHTS)
+    (folder / WEIGHTS).chmod((folder / PLAN).stat().st_mode)  # it is made for the owner's eyes only
     sums = {file.name: [file.stat().st_size, _sum(file)] for file in sorted(folder.iterdir())}
     (folder / SUMS).write_text(json.dumps(sums, indent=2), encoding="utf8")
 

@@ -21,7 +21,7 @@ def flatten(state: Mapping[str, Any]) -> dict[str, Any]:
     flat = {f"model.{name}": value for name, value in state["model"].items() if name not in aliases}
     flat |= {f"heads.{place}.{k}": value for place, head in state["heads"].items() for k, value in head.items()}
     for key, entry in state["optim"].items():
-        own = {name for name, value in entry.items() if isinstance(value, torch.Tensor) and "." not in str(name)}
+        own = [name for name, value in entry.items() if isinstance(value, torch.Tensor) and "." not in str(name)]
         flat |= {f"optim.{key}.{name}": entry[name] for name in own}
         if len(own) < len(entry):
             flat[f"optim.{key}"] = {name: value for name, value in entry.items() if name not in own}

@@ -185,11 +185,15 @@ def _check_tensors(what: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]
             ("has other shapes for", shapes),
             ("has other types for", types),
         )
-        parts = [f"{word} {', '.join(keys[:8])}" for word, keys in kinds if keys]
+        parts = [f"{word} {_listed(keys)}" for word, keys in kinds if keys]
         raise CheckpointError(
             f"the state does not fit {what}: it {'; it '.join(parts)}. To begin with the saved weights alone, load them"
             " into the model before compile()"
         )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def move(pipeline: Pipeline, device: str) -> Pipeline:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import linecache
 import os
 import signal
@@ -111,7 +112,7 @@ def stage_state(decoupled: Decoupled, index: int) -> dict[str, Any]:
         "gradients": [parameter.grad for parameter in stage.parameters if parameter.grad is not None],
         "buffers": [buffer.clone() for buffer in stage.buffers],
         "head": [buffer.clone() for buffer in head.buffers()] if head is not None else [],
-        "optimizer": stage.optimizer.state_dict() if stage.optimizer is not None else None,
+        "optimizer": copy.deepcopy(stage.optimizer.state_dict()) if stage.optimizer is not None else None,
     }
 
 
