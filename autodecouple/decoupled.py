@@ -321,7 +321,7 @@ class Decoupled:
             warnings.warn(
                 f"{found[0][1]} batches had no two rows of one class: their contrastive loss on stage {found[0][0]} is"
                 " 0 and trains nothing. Larger batches, or batches sampled by class, avoid this.",
-                stacklevel=3,
+                stacklevel=4,
             )
 
 

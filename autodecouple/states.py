@@ -79,6 +79,7 @@ def restore(pipeline: Pipeline, state: Mapping[str, Any]) -> int:
     kept = _check(pipeline, state)
     keys, saved = parameter_keys(pipeline), _saved(state, kept)
     pipeline.graph.model.load_state_dict(state["model"])
+    _renew_copies(pipeline)
     for place, head in _heads(pipeline).items():
         if place in kept:
             head.load_state_dict(state["heads"][place])
@@ -93,6 +94,16 @@ def restore(pipeline: Pipeline, state: Mapping[str, Any]) -> int:
         torch.cuda.set_rng_state_all(state["random"]["cuda"])
     _warn_of_others(pipeline, state, kept)
     return int(state["step"])
+
+
+def _renew_copies(pipeline: Pipeline) -> None:
+    """What nothing writes, a frozen weight or a table, is read on another device than its home from a copy."""
+    model = pipeline.graph.model
+    own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    for code in pipeline.codes:
+        for name, tensor in code.body.named_buffers():
+            if name in own and own[name] is not tensor:
+                tensor.copy_(own[name].detach())
 
 
 def _saved(state: Mapping[str, Any], kept: Collection[str]) -> Saved:

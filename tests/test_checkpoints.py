@@ -233,6 +233,38 @@ def test_coupled_stages_give_their_weights_to_detached_ones(tmp_path: Path) -> N
         assert_same(dict(resumed.model.state_dict()), expected)
 
 
+class Shared(nn.Module):
+    """Every stage reads one frozen weight and one table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(5, 5) for _ in range(4))
+        self.register_buffer("table", torch.randn(5))
+        self.frozen = nn.Parameter(torch.randn(5), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = (layer(x) * self.table * self.frozen).tanh()
+        return x
+
+
+def test_copies_on_other_devices_come_back_too(tmp_path: Path) -> None:
+    """A stage on another device than a frozen weight's home reads a copy: it kept the value of before the load."""
+    x, y = torch.randn(4, 5), torch.tensor([0, 1, 2, 1])
+
+    def make() -> Decoupled:
+        return autodecouple.compile(
+            Shared(), 4, "early_exit", devices=["cpu", "cpu:0"] * 2, example_inputs=(x,), executor="inline"
+        )
+
+    with make() as decoupled:
+        decoupled.save(tmp_path / "c")
+        expected = decoupled.train_step(x, y).losses
+    with make() as resumed:
+        resumed.load(tmp_path / "c")
+        assert resumed.train_step(x, y).losses == expected
+
+
 # ---------------------------------------------------------------- parameter groups and schedulers
 
 
