@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import warnings
@@ -15,8 +16,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
-from autodecouple import fitting, states
-from autodecouple.errors import ClosedError, InputError
+from autodecouple import checkpoints, fitting, states
+from autodecouple.errors import CheckpointError, ClosedError, InputError
 from autodecouple.executors import Step
 from autodecouple.fitting import Epoch
 from autodecouple.graph import Graph
@@ -44,6 +45,7 @@ class Decoupled:
         self._next_batch = 0
         self._closed = False
         self._warned = False
+        self._writer = checkpoints.Writer()
 
     # ---------------------------------------------------------------- training
 
@@ -86,7 +88,12 @@ class Decoupled:
         return Step(job, pipeline.output)
 
     def synchronize(self) -> None:
-        """Wait until every batch is trained on every stage; raises the first error."""
+        """Wait until every batch is trained on every stage, and every checkpoint written; raises the first error."""
+        self._drain()
+        self._writer.wait()
+
+    def _drain(self) -> None:
+        """Wait for the batches; a checkpoint may still be under way."""
         if self._pipeline is None or self._closed:
             return
         self._pipeline.executor.synchronize()
@@ -104,7 +111,8 @@ class Decoupled:
         """Train for some epochs with a progress bar on stderr; returns the history.
 
         loader: gives (inputs, target), or (input, ..., input, target), or a dict with "labels"
-        validation: the same, evaluated after each epoch; checkpoint: file to save the state to after each epoch
+        validation: the same, evaluated after each epoch
+        checkpoint: folder to save to after each epoch, in the background
         """
         return fitting.fit(self, loader, epochs, validation, checkpoint, progress)
 
@@ -116,7 +124,7 @@ class Decoupled:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output in evaluation mode, without gradients: its own parameters only, no heads."""
-        self.synchronize()
+        self._drain()
         pipeline = self._pipeline
         if pipeline is not None and pipeline.inference is not None:
             with torch.no_grad():
@@ -135,7 +143,7 @@ class Decoupled:
     @property
     def model(self) -> nn.Module:
         """The user's own module, trained; reading it waits for the batches under way."""
-        self.synchronize()
+        self._drain()
         return self._model
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -155,7 +163,7 @@ class Decoupled:
         if not isinstance(device, (str, torch.device)):
             raise InputError(f"to({device!r}): stages move between devices only; convert the model before compile()")
         name = check_device(device)
-        self.synchronize()
+        self._drain()
         if self._pipeline is None:
             self._model.to(name)
         else:
@@ -172,22 +180,33 @@ class Decoupled:
 
         A copy: training on does not change it.
         """
-        self.synchronize()
+        self._drain()
         return copy.deepcopy(states.collect(self._compiled, self._next_batch))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly where `state` was taken; raises CheckpointError, and changes nothing, where it does not fit."""
-        self.synchronize()
+        """Go on where `state` was taken, exactly if the cuts are the same.
+
+        Raises CheckpointError, and changes nothing, where it does not fit. Of other cuts the model, what the optimizers
+        know of its parameters and the heads at cuts that both have come back; other heads stay as they are, and a
+        warning names them.
+        """
+        self._drain()
         self._next_batch = states.restore(self._compiled, state)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the state to a file: a new one is complete before it replaces the old."""
-        self.synchronize()
-        states.save(states.collect(self._compiled, self._next_batch), Path(path))
+    def save(self, path: str | os.PathLike[str], *, background: bool = False) -> None:
+        """Write a checkpoint, a folder: a new one is complete before it replaces the old.
+
+        background: copy the state and return; it is written while training goes on. The next `save`, `synchronize` or
+        `close` waits for it, and raises CheckpointError if it could not be written
+        """
+        self._drain()
+        self._writer.save(states.collect(self._compiled, self._next_batch), Path(path).resolve(), background)
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Read what `save` wrote; raises CheckpointError for a file that is not whole."""
-        self.load_state_dict(states.load(Path(path)))
+        """Go on from what `save` wrote; raises CheckpointError for what is not whole, and as `load_state_dict` does."""
+        self._writer.wait()
+        self._drain()
+        self._next_batch = states.restore(self._compiled, checkpoints.load(Path(path).resolve()))
 
     # ---------------------------------------------------------------- looking at it
 
@@ -220,7 +239,7 @@ class Decoupled:
     @property
     def timeline(self) -> Timeline:
         """When every action ran, as measured, of the last batches."""
-        self.synchronize()
+        self._drain()
         return self._compiled.executor.timeline
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
@@ -237,16 +256,15 @@ class Decoupled:
     # ---------------------------------------------------------------- the end
 
     def close(self) -> None:
-        """Finish the batches under way and end the workers; inference and saving go on to work."""
-        if self._closed:
-            return
+        """Finish the batches, and the checkpoint, under way and end the workers; inference and saving go on to work."""
         try:
-            if self._pipeline is not None:
+            if self._pipeline is not None and not self._closed:
                 self._pipeline.executor.close()
         finally:
             self._closed = True
             if self._pipeline is not None:
                 self._finalizer.detach()
+            self._writer.wait()
 
     def __enter__(self) -> Decoupled:
         return self
@@ -259,6 +277,8 @@ class Decoupled:
         if self._pipeline is not None:
             self._finalizer.detach()
             self._pipeline.executor.close(abort=True)
+        with contextlib.suppress(CheckpointError):  # what has led here is the error to see
+            self._writer.wait()
 
     def __deepcopy__(self, memo: object) -> Decoupled:
         raise InputError(
@@ -301,7 +321,7 @@ class Decoupled:
             warnings.warn(
                 f"{found[0][1]} batches had no two rows of one class: their contrastive loss on stage {found[0][0]} is"
                 " 0 and trains nothing. Larger batches, or batches sampled by class, avoid this.",
-                stacklevel=3,
+                stacklevel=4,
             )
 
 

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from autodecouple import states
+from autodecouple import checkpoints
 from autodecouple.errors import InputError
 from autodecouple.executors import Step
 
@@ -81,7 +81,7 @@ def fit(
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
         raise InputError(f"epochs must be a positive integer, not {epochs!r}")
     if checkpoint is not None:
-        states.check_folder(Path(checkpoint))  # before the epoch whose result it is to hold
+        checkpoints.check_target(Path(checkpoint).resolve())  # before the epoch whose result it is to hold
     history = []
     for number in range(1, epochs + 1):
         start = time.perf_counter()
@@ -101,9 +101,10 @@ def fit(
         held_out = decoupled.evaluate(validation)["accuracy"] if validation is not None else math.nan
         history.append(Epoch(number, mean.losses, mean.accuracy, held_out, seconds))
         if checkpoint is not None:
-            decoupled.save(checkpoint)
+            decoupled.save(checkpoint, background=True)
         if progress:
             Console(stderr=True, highlight=False).print(str(history[-1]))
+    decoupled.synchronize()
     return history
 
 

@@ -1,38 +1,47 @@
-"""Everything that training goes on from, as one dict: collected, checked, restored, and kept in a file."""
+"""Everything that training goes on from, as one dict by names: collected, checked and put back, under any cuts."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
-import os
-import zipfile
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+import warnings
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from autodecouple import optimizers
 from autodecouple.errors import CheckpointError, PlanError
 from autodecouple.executors import EXECUTORS
 from autodecouple.executors.executor import Programs
+from autodecouple.optimizers import Saved
 from autodecouple.passes.codegen import rehome
 from autodecouple.passes.inference import emit_inference
 from autodecouple.pipeline import Pipeline, threads_per_lane
 from autodecouple.plans import Plan
 from autodecouple.stage import Stage
 
-FORMAT = 1
+FORMAT = 2
+LAST = "output"
+"""Where the last stage's head lies, the criterion: the name of an fx graph's output, which no other node has."""
 
 
 def collect(pipeline: Pipeline, step: int) -> dict[str, Any]:
-    """The state after `step` batches; the model's weights are under the user's own names."""
+    """The state after `step` batches, by names that do not depend on the cuts.
+
+    model: under the user's own names; heads: by the node at their cut; optim, and gradients of an accumulation under
+    way: by the parameter's key; stages: the rest of what each stage holds
+    """
+    stages, keys = pipeline.stages, parameter_keys(pipeline)
+    waiting = [p for stage in stages if stage.pending for p in stage.parameters if p.grad is not None]
     return {
         "format": FORMAT,
         "model": pipeline.graph.model.state_dict(),
-        "heads": {str(s.index): s.code.head.state_dict() for s in pipeline.stages if s.code.head is not None},
-        "stages": [_stage_state(stage) for stage in pipeline.stages],
+        "heads": {place: head.state_dict() for place, head in _heads(pipeline).items()},
+        "optim": {key: entry for stage in stages for key, entry in optimizers.memories(stage, keys).items()},
+        "gradients": {keys[id(parameter)]: parameter.grad for parameter in waiting},
+        "stages": [optimizers.progress(stage, keys) for stage in stages],
         "step": step,
         "seed": pipeline.options.seed,
         "random": {"cpu": torch.get_rng_state(), "cuda": _cuda_states()},
@@ -40,15 +49,21 @@ def collect(pipeline: Pipeline, step: int) -> dict[str, Any]:
     }
 
 
-def _stage_state(stage: Stage) -> dict[str, Any]:
-    return {
-        "optimizer": stage.optimizer.state_dict() if stage.optimizer is not None else None,
-        "scheduler": stage.scheduler.state_dict() if stage.scheduler is not None else None,
-        "kinds": {"optimizer": _kind(stage.optimizer), "scheduler": _kind(stage.scheduler)},
-        "pending": stage.pending,
-        "skipped": stage.skipped,
-        "gradients": [p.grad for p in stage.parameters] if stage.pending else None,
-    }
+def parameter_keys(pipeline: Pipeline) -> dict[int, str]:
+    """`model.<name>` or `heads.<node at the cut>.<name>` of each parameter, by its id; the first of several names."""
+    named = [(f"model.{name}", parameter) for name, parameter in pipeline.graph.model.named_parameters()]
+    for place, head in _heads(pipeline).items():
+        named += [(f"heads.{place}.{name}", parameter) for name, parameter in head.named_parameters()]
+    keys: dict[int, str] = {}
+    for key, parameter in named:
+        keys.setdefault(id(parameter), key)
+    return keys
+
+
+def _heads(pipeline: Pipeline) -> dict[str, nn.Module]:
+    """By the node that they read; a coupled cut has none."""
+    places = [*(cut.after for cut in pipeline.plan.cuts), LAST]
+    return {place: code.head for place, code in zip(places, pipeline.codes, strict=True) if code.head is not None}
 
 
 def _cuda_states() -> list[torch.Tensor]:
@@ -56,144 +71,140 @@ def _cuda_states() -> list[torch.Tensor]:
 
 
 def restore(pipeline: Pipeline, state: Mapping[str, Any]) -> int:
-    """Put a state back; returns the number of the next batch. Raises CheckpointError before anything changes."""
-    _check(pipeline, state)
+    """Put a state back; returns the number of the next batch. Raises CheckpointError before anything changes.
+
+    A state of other cuts gives the model, its optimizer state and the heads at cuts that both have. Other heads stay as
+    they are, and a warning names them.
+    """
+    kept = _check(pipeline, state)
+    keys, saved = parameter_keys(pipeline), _saved(state, kept)
     pipeline.graph.model.load_state_dict(state["model"])
-    for stage, saved in zip(pipeline.stages, state["stages"], strict=True):
-        if stage.code.head is not None:
-            stage.code.head.load_state_dict(state["heads"][str(stage.index)])
-        if stage.optimizer is not None:
-            stage.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))  # it would take the tensors themselves
-        if stage.scheduler is not None:
-            stage.scheduler.load_state_dict(copy.deepcopy(saved["scheduler"]))
-        stage.pending, stage.skipped = saved["pending"], saved["skipped"]
-        gradients = saved["gradients"] or [None] * len(stage.parameters)
-        for parameter, gradient in zip(stage.parameters, gradients, strict=True):
+    _renew_copies(pipeline)
+    for place, head in _heads(pipeline).items():
+        if place in kept:
+            head.load_state_dict(state["heads"][place])
+    for stage in pipeline.stages:
+        optimizers.put_back(stage, keys, saved)
+        for parameter in stage.parameters:
+            key = keys[id(parameter)]
+            gradient = state["gradients"].get(key) if key in saved.homes else None
             parameter.grad = None if gradient is None else gradient.clone().to(parameter.device)
     torch.set_rng_state(state["random"]["cpu"].cpu())
     if torch.cuda.is_available() and len(state["random"]["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["random"]["cuda"])
+    _warn_of_others(pipeline, state, kept)
     return int(state["step"])
 
 
-def _check(pipeline: Pipeline, state: Mapping[str, Any]) -> None:
+def _renew_copies(pipeline: Pipeline) -> None:
+    """What nothing writes, a frozen weight or a table, is read on another device than its home from a copy."""
+    model = pipeline.graph.model
+    own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    for code in pipeline.codes:
+        for name, tensor in code.body.named_buffers():
+            if name in own and own[name] is not tensor:
+                tensor.copy_(own[name].detach())
+
+
+def _saved(state: Mapping[str, Any], kept: Collection[str]) -> Saved:
+    """Of the model's parameters and the kept heads'."""
+    return Saved.of(state, lambda key: key.startswith("model.") or key.split(".")[1] in kept)
+
+
+def _warn_of_others(pipeline: Pipeline, state: Mapping[str, Any], kept: Collection[str]) -> None:
+    new = [place for place in _heads(pipeline) if place not in kept]
+    dropped = [place for place in state["heads"] if place not in kept]
+    if new or dropped:
+        parts = [f"the heads after {', '.join(new)} stay as compiled" if new else ""]
+        parts += [f"those saved after {', '.join(dropped)} are left out" if dropped else ""]
+        said = ", and ".join(filter(None, parts))
+        warnings.warn(f"the state was saved with other cuts: {said}", stacklevel=4)
+
+
+# ---------------------------------------------------------------- whether a state fits
+
+
+def _check(pipeline: Pipeline, state: Mapping[str, Any]) -> frozenset[str]:
+    """Look at all of it; returns the places of the heads that come back."""
     if not isinstance(state, Mapping) or state.get("format") != FORMAT:
         raise CheckpointError("not a state of this version: pass what state_dict() returned")
     try:
-        _check_fit(pipeline, state)
+        return _check_fit(pipeline, state)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"the state is not whole: {type(error).__name__}: {error}") from error
 
 
-def _check_fit(pipeline: Pipeline, state: Mapping[str, Any]) -> None:
+def _check_fit(pipeline: Pipeline, state: Mapping[str, Any]) -> frozenset[str]:
     try:
-        saved = Plan.from_json(state["plan"])
+        theirs = Plan.from_json(state["plan"])
     except PlanError as error:
         raise CheckpointError(f"the state's plan cannot be read: {error}") from error
-    if (mine := _cuts(pipeline.plan)) != (theirs := _cuts(saved)):
-        raise CheckpointError(
-            f"the state was saved with cuts after {theirs}, but this pipeline has {mine}: compile with"
-            ' plan=Plan.from_json(state["plan"])'
-        )
     if state["seed"] != pipeline.options.seed:
         raise CheckpointError(
             f"the state was saved with seed={state['seed']}, not {pipeline.options.seed}: pass that one"
         )
     _check_tensors("the model", pipeline.graph.model.state_dict(), state["model"])
-    for stage, saved_stage in zip(pipeline.stages, state["stages"], strict=True):
-        if stage.code.head is not None:
-            _check_tensors(f"head {stage.index}", stage.code.head.state_dict(), state["heads"][str(stage.index)])
-        for what, part in (("scheduler", stage.scheduler), ("optimizer", stage.optimizer)):
-            if _kind(part) != (kind := saved_stage["kinds"][what]):
-                raise CheckpointError(
-                    f"stage {stage.index} was saved with {what} {kind}, but has {_kind(part)}: pass the same {what}="
-                )
-        if stage.optimizer is not None:
-            _check_optimizer(stage, saved_stage["optimizer"])
-        _check_gradients(stage, saved_stage)
-    if not isinstance(state["step"], int) or not isinstance(state["random"]["cpu"], torch.Tensor):
-        raise CheckpointError("the state is not whole: it lacks the step or the random state")
+    kept = _common(pipeline.plan, theirs)
+    for place, head in _heads(pipeline).items():
+        if place in kept:
+            _check_tensors(f"the head after {place}", head.state_dict(), state["heads"][place])
+    _check_optimizers(pipeline, state, kept)
+    complete = len(state["stages"]) == len(theirs.stages) and isinstance(state["step"], int)
+    if not complete or not isinstance(state["random"]["cpu"], torch.Tensor):
+        raise CheckpointError("the state is not whole: it lacks a stage, the step or the random state")
+    return kept
 
 
-def _kind(part: object) -> str | None:
-    return None if part is None else type(part).__name__
+def _common(mine: Plan, theirs: Plan) -> frozenset[str]:
+    """Places whose heads are the same: they lie at the same node and read the same values."""
+    heads = [{(cut.after, cut.features) for cut in plan.cuts if cut.detached} for plan in (mine, theirs)]
+    return frozenset(after for after, _ in heads[0] & heads[1]) | {LAST}
 
 
-def _check_gradients(stage: Stage, saved: Mapping[str, Any]) -> None:
-    """Of an accumulation under way: one gradient, or None, per parameter."""
-    gradients = saved["gradients"] or [None] * len(stage.parameters)
-    pairs = list(zip(stage.parameters, gradients, strict=False))
-    fits = len(pairs) == len(gradients) == len(stage.parameters)
-    fits = fits and all(gradient is None or gradient.shape == parameter.shape for parameter, gradient in pairs)
-    if not fits or not isinstance(saved["pending"], int) or not isinstance(saved["skipped"], int):
-        raise CheckpointError(f"the state's accumulation does not fit stage {stage.index}")
+def _check_optimizers(pipeline: Pipeline, state: Mapping[str, Any], kept: frozenset[str]) -> None:
+    keys, saved = parameter_keys(pipeline), _saved(state, kept)
+    for stage in pipeline.stages:
+        optimizers.check(stage, keys, saved)
+    trained = [parameter for stage in pipeline.stages for parameter in _grouped(stage)]
+    mine = {keys[id(parameter)]: parameter for parameter in trained}
+    known = {key: p for key, p in mine.items() if key.startswith("model.") or key.split(".")[1] in kept}
+    _check_tensors("the trained parameters", known, {key: known.get(key) for key in saved.homes})
+    gradients = {key: value for key, value in state["gradients"].items() if key in saved.homes}
+    _check_tensors("the gradients", {key: mine[key] for key in gradients}, gradients)
+    if not all(isinstance(stage[count], int) for stage in saved.stages for count in ("pending", "skipped")):
+        raise CheckpointError("the state is not whole: it lacks how many batches wait for their update")
+
+
+def _grouped(stage: Stage) -> list[nn.Parameter]:
+    """What the stage's optimizer trains: all of its parameters, unless the user's function left some out."""
+    groups = stage.optimizer.param_groups if stage.optimizer is not None else []
+    return [parameter for group in groups for parameter in group["params"]]
 
 
 def _check_tensors(what: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
-    """Same names and shapes, or an error that shows the difference."""
+    """Same names, shapes and types, or an error that shows the difference."""
     missing, extra = sorted(set(mine) - set(theirs)), sorted(set(theirs) - set(mine))
-    shapes = [k for k in mine if k in theirs and getattr(mine[k], "shape", None) != getattr(theirs[k], "shape", None)]
-    if missing or extra or shapes:
-        parts = [f"{word} {', '.join(keys[:8])}" for word, keys in
-                 (("lacks", missing), ("has besides", extra), ("has other shapes for", shapes)) if keys]  # fmt: skip
-        raise CheckpointError(f"the state does not fit {what}: it {'; it '.join(parts)}")
-
-
-def _check_optimizer(stage: Stage, saved: Mapping[str, Any] | None) -> None:
-    assert stage.optimizer is not None
-    mine = [len(group["params"]) for group in stage.optimizer.param_groups]
-    theirs = [len(group["params"]) for group in saved["param_groups"]] if saved is not None else []
-    if mine != theirs:
+    common = [key for key in mine if key in theirs]
+    shapes, types = ([k for k in common if getattr(mine[k], part, None) != getattr(theirs[k], part, None)]
+                     for part in ("shape", "dtype"))  # fmt: skip
+    if missing or extra or shapes or types:
+        kinds = (
+            ("lacks", missing),
+            ("has besides", extra),
+            ("has other shapes for", shapes),
+            ("has other types for", types),
+        )
+        parts = [f"{word} {_listed(keys)}" for word, keys in kinds if keys]
         raise CheckpointError(
-            f"the optimizer of stage {stage.index} has {mine} parameters per group, the saved one {theirs}: pass the"
-            " same optimizer= and loss= as when it was saved"
+            f"the state does not fit {what}: it {'; it '.join(parts)}. To begin with the saved weights alone, load them"
+            " into the model before compile()"
         )
 
 
-def _cuts(plan: Plan) -> list[str]:
-    return [f"{cut.after}{'' if cut.detached else ' (coupled)'}" for cut in plan.cuts]
-
-
-def save(state: dict[str, Any], path: Path) -> None:
-    """Write beside the target and rename: a crash leaves the old file whole."""
-    check_folder(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        with beside.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def check_folder(path: Path) -> None:
-    """Raises CheckpointError where the folder of a file is not there."""
-    if not path.parent.is_dir():
-        raise CheckpointError(f"the folder {path.parent} is not there: make it before saving {path.name}")
-
-
-def load(path: Path) -> dict[str, Any]:
-    try:
-        _check_sums(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise CheckpointError(f"{path} is not a whole state file: {error}") from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path} holds a {type(state).__name__}, not a state")
-    return state
-
-
-def _check_sums(path: Path) -> None:
-    """torch.load reads the values without looking at their checksums."""
-    with zipfile.ZipFile(path) as file:
-        if (damaged := file.testzip()) is not None:
-            raise ValueError(f"{damaged} is damaged")
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def move(pipeline: Pipeline, device: str) -> Pipeline:

@@ -31,6 +31,7 @@ from training_tools import (
 )
 
 import autodecouple
+from autodecouple import checkpoints
 from autodecouple.decoupled import Decoupled
 from autodecouple.errors import CheckpointError, ClosedError, InputError, PlanError, ScheduleError
 from autodecouple.executors.job import Job
@@ -457,18 +458,18 @@ def test_fit_validates_and_saves_after_every_epoch(tmp_path: Path) -> None:
 
     class Held:
         def __iter__(self) -> Iterator[Any]:
-            seen.append((tmp_path / "state.pt").exists())
+            seen.append((tmp_path / "state").exists())
             return iter(pairs(2))
 
     with two_stages(small()) as decoupled:
-        history = decoupled.fit(pairs(), 2, validation=Held(), checkpoint=tmp_path / "state.pt", progress=False)
+        history = decoupled.fit(pairs(), 2, validation=Held(), checkpoint=tmp_path / "state", progress=False)
         assert [epoch.epoch for epoch in history] == [1, 2] and seen == [False, True]
         assert history[-1].validation == decoupled.evaluate(pairs(2))["accuracy"]
-        found = torch.load(tmp_path / "state.pt", weights_only=True)
+        found = checkpoints.load(tmp_path / "state")
         assert found["step"] == 8
         assert_same(found["model"], decoupled.model.state_dict())
         with pytest.raises(CheckpointError, match="is not there: make it"):
-            decoupled.fit(pairs(), checkpoint=tmp_path / "nowhere" / "state.pt", progress=False)
+            decoupled.fit(pairs(), checkpoint=tmp_path / "nowhere" / "state", progress=False)
         assert decoupled.state_dict()["step"] == 8  # said before the epoch, not after it
 
 

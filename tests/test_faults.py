@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import linecache
 import os
 import signal
@@ -111,7 +112,7 @@ def stage_state(decoupled: Decoupled, index: int) -> dict[str, Any]:
         "gradients": [parameter.grad for parameter in stage.parameters if parameter.grad is not None],
         "buffers": [buffer.clone() for buffer in stage.buffers],
         "head": [buffer.clone() for buffer in head.buffers()] if head is not None else [],
-        "optimizer": decoupled.state_dict()["stages"][index]["optimizer"],
+        "optimizer": copy.deepcopy(stage.optimizer.state_dict()) if stage.optimizer is not None else None,
     }
 
 
@@ -548,7 +549,7 @@ def test_a_skipped_batch_leaves_an_accumulation_as_it_was() -> None:
         found = decoupled.state_dict()
     assert_same(found["model"], expected["model"])
     assert [stage["pending"] for stage in found["stages"]] == [1, 1]
-    assert_same([stage["gradients"] for stage in found["stages"]], [stage["gradients"] for stage in expected["stages"]])
+    assert_same(found["gradients"], expected["gradients"])
 
 
 # ---------------------------------------------------------------- what is refused before anything runs

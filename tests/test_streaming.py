@@ -99,7 +99,8 @@ def compare_with_hand(decoupled: Decoupled, kind: str, after: Sequence[str], opt
     found = train(decoupled, batches)
     assert_same([list(losses) for losses in found.losses], expected)
     assert_same(found.state["model"], dict(mine.state_dict()))
-    hand_heads = {str(i): dict(head.state_dict()) for i, head in enumerate(heads) if head is not None}
+    cuts = zip(decoupled.plan.cuts, heads, strict=True)
+    hand_heads = {cut.after: dict(head.state_dict()) for cut, head in cuts if head is not None}
     found_heads = {key: dict(value) for key, value in found.state["heads"].items() if key in hand_heads}
     assert_same(found_heads, hand_heads)
 
