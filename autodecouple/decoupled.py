@@ -34,6 +34,10 @@ class Decoupled:
 
     `train_step` returns at once; whatever reads the model (calling it, `model`, `state_dict`, `evaluate`) waits for the
     batches that are under way. Also a context manager, which closes the workers.
+
+    Under torchrun every rank trains its own stages: `train_step` takes inputs on rank 0 only, a step knows the losses
+    of the rank's stages, and on the last rank the output. All that waits for batches or reads the model is collective:
+    call it on every rank, at the same places, and let one rank write the state that `state_dict` gave to all.
     """
 
     def __init__(self, model: nn.Module | Graph, options: Options) -> None:
@@ -59,6 +63,11 @@ class Decoupled:
     def _ensure_captured(self, inputs: Any, target: Any = None) -> None:
         """Capture for inputs like these, unless that was done before."""
         if self._pipeline is None:
+            if inputs is None:
+                raise InputError(
+                    "the model has not been captured: pass example_inputs= to compile(), or the first batch's inputs,"
+                    " on every rank"
+                )
             self.capture(inputs, target)
 
     def _attach(self, pipeline: Pipeline) -> None:
@@ -92,6 +101,12 @@ class Decoupled:
         self._pipeline.executor.synchronize()
         self._warn_without_positives()
 
+    def _gather(self) -> None:
+        """Wait for all batches, and hold here what was trained elsewhere."""
+        self.synchronize()
+        if self._pipeline is not None and not self._closed:
+            self._pipeline.executor.gather()
+
     def fit(
         self,
         loader: Iterable[Any],
@@ -116,7 +131,7 @@ class Decoupled:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output in evaluation mode, without gradients: its own parameters only, no heads."""
-        self.synchronize()
+        self._gather()
         pipeline = self._pipeline
         if pipeline is not None and pipeline.inference is not None:
             with torch.no_grad():
@@ -135,7 +150,7 @@ class Decoupled:
     @property
     def model(self) -> nn.Module:
         """The user's own module, trained; reading it waits for the batches under way."""
-        self.synchronize()
+        self._gather()
         return self._model
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -155,7 +170,7 @@ class Decoupled:
         if not isinstance(device, (str, torch.device)):
             raise InputError(f"to({device!r}): stages move between devices only; convert the model before compile()")
         name = check_device(device)
-        self.synchronize()
+        self._gather()
         if self._pipeline is None:
             self._model.to(name)
         else:
@@ -172,7 +187,7 @@ class Decoupled:
 
         A copy: training on does not change it.
         """
-        self.synchronize()
+        self._gather()
         return copy.deepcopy(states.collect(self._compiled, self._next_batch))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -182,7 +197,7 @@ class Decoupled:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to a file: a new one is complete before it replaces the old."""
-        self.synchronize()
+        self._gather()
         states.save(states.collect(self._compiled, self._next_batch), Path(path))
 
     def load(self, path: str | os.PathLike[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import os
 import zipfile
@@ -22,6 +21,7 @@ from autodecouple.passes.inference import emit_inference
 from autodecouple.pipeline import Pipeline, threads_per_lane
 from autodecouple.plans import Plan
 from autodecouple.stage import Stage
+from autodecouple.stage_state import kind_of, restore_stage, stage_state
 
 FORMAT = 1
 
@@ -32,22 +32,11 @@ def collect(pipeline: Pipeline, step: int) -> dict[str, Any]:
         "format": FORMAT,
         "model": pipeline.graph.model.state_dict(),
         "heads": {str(s.index): s.code.head.state_dict() for s in pipeline.stages if s.code.head is not None},
-        "stages": [_stage_state(stage) for stage in pipeline.stages],
+        "stages": [stage_state(stage) for stage in pipeline.stages],
         "step": step,
         "seed": pipeline.options.seed,
         "random": {"cpu": torch.get_rng_state(), "cuda": _cuda_states()},
         "plan": pipeline.plan.to_json(),
-    }
-
-
-def _stage_state(stage: Stage) -> dict[str, Any]:
-    return {
-        "optimizer": stage.optimizer.state_dict() if stage.optimizer is not None else None,
-        "scheduler": stage.scheduler.state_dict() if stage.scheduler is not None else None,
-        "kinds": {"optimizer": _kind(stage.optimizer), "scheduler": _kind(stage.scheduler)},
-        "pending": stage.pending,
-        "skipped": stage.skipped,
-        "gradients": [p.grad for p in stage.parameters] if stage.pending else None,
     }
 
 
@@ -62,14 +51,8 @@ def restore(pipeline: Pipeline, state: Mapping[str, Any]) -> int:
     for stage, saved in zip(pipeline.stages, state["stages"], strict=True):
         if stage.code.head is not None:
             stage.code.head.load_state_dict(state["heads"][str(stage.index)])
-        if stage.optimizer is not None:
-            stage.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))  # it would take the tensors themselves
-        if stage.scheduler is not None:
-            stage.scheduler.load_state_dict(copy.deepcopy(saved["scheduler"]))
-        stage.pending, stage.skipped = saved["pending"], saved["skipped"]
-        gradients = saved["gradients"] or [None] * len(stage.parameters)
-        for parameter, gradient in zip(stage.parameters, gradients, strict=True):
-            parameter.grad = None if gradient is None else gradient.clone().to(parameter.device)
+        restore_stage(stage, saved)
+    pipeline.executor.scatter()
     torch.set_rng_state(state["random"]["cpu"].cpu())
     if torch.cuda.is_available() and len(state["random"]["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["random"]["cuda"])
@@ -106,19 +89,15 @@ def _check_fit(pipeline: Pipeline, state: Mapping[str, Any]) -> None:
         if stage.code.head is not None:
             _check_tensors(f"head {stage.index}", stage.code.head.state_dict(), state["heads"][str(stage.index)])
         for what, part in (("scheduler", stage.scheduler), ("optimizer", stage.optimizer)):
-            if _kind(part) != (kind := saved_stage["kinds"][what]):
+            if kind_of(part) != (kind := saved_stage["kinds"][what]):
                 raise CheckpointError(
-                    f"stage {stage.index} was saved with {what} {kind}, but has {_kind(part)}: pass the same {what}="
+                    f"stage {stage.index} was saved with {what} {kind}, but has {kind_of(part)}: pass the same {what}="
                 )
         if stage.optimizer is not None:
             _check_optimizer(stage, saved_stage["optimizer"])
         _check_gradients(stage, saved_stage)
     if not isinstance(state["step"], int) or not isinstance(state["random"]["cpu"], torch.Tensor):
         raise CheckpointError("the state is not whole: it lacks the step or the random state")
-
-
-def _kind(part: object) -> str | None:
-    return None if part is None else type(part).__name__
 
 
 def _check_gradients(stage: Stage, saved: Mapping[str, Any]) -> None:
