@@ -107,9 +107,11 @@ class Distributed:
             self._leave()
             return
         error = sys.exc_info()[1]
-        if error is not None:
+        if error is None:
+            self._stop()
+        else:
             self._peers.publish(error)
-        self._stop()
+            self._fail()
 
     def _leave(self) -> None:
         """Part in peace: what was sent arrives."""
@@ -122,6 +124,10 @@ class Distributed:
         self._peers.end()
         self._links.cut()
 
+    def _fail(self) -> None:
+        self._stop()
+        self._peers.settle()
+
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
         """Whatever fails ends the training of all ranks, and all of them say why."""
@@ -133,11 +139,11 @@ class Distributed:
             yield
         except LinkLostError as error:
             found = self._peers.explain(error.lane)
-            self._stop()
+            self._fail()
             raise found from None
         except BaseException as error:
             self._peers.publish(error)
-            self._stop()
+            self._fail()
             raise
 
     # ---------------------------------------------------------------- the state of all ranks
@@ -186,7 +192,7 @@ def _end_all() -> None:
         with contextlib.suppress(Exception):
             if error is not None and not executor._stopped:
                 executor._peers.publish(error)
-                executor._stop()
+                executor._fail()
             elif not executor._stopped:
                 executor._leave()
 

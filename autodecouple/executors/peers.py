@@ -19,8 +19,11 @@ from autodecouple.schedules.program import Program
 
 NOTE = "failure"
 INTERVAL = 0.25
-PATIENCE = 3.0
-"""Seconds that a rank that lost a link waits for somebody's note before it calls the other side gone."""
+PATIENCE = 1.0
+"""Seconds that a rank that lost a link looks for a note: one that fails leaves it before it ends its links."""
+GONE = "is gone: its process was killed, or has ended without close()"
+TOLD = "told"
+"""Counts the ranks, beside 0, that have seen the note."""
 
 
 class Peers:
@@ -31,7 +34,10 @@ class Peers:
         self._lanes = program.plan.lanes
         self._ended = threading.Event()
         self._watch = threading.Thread(
-            target=_watch, args=(world.store.clone(), alarm, self._ended), name="autodecouple-watch", daemon=True
+            target=_watch,
+            args=(world.store.clone(), alarm, self._ended, world.rank > 0),
+            name="autodecouple-watch",
+            daemon=True,
         )
         self._watch.start()
 
@@ -47,9 +53,28 @@ class Peers:
         while (note := self._note()) is None and time.monotonic() < stop:
             time.sleep(0.05)
         if note is None and lost is not None:
-            self._leave(f"{self._name(lost)} is gone: its process was killed, or has ended without close()")
-            note = self._note() or f"{self._name(lost)} is gone"
+            found = f"{self._name(lost)} {GONE}"
+            self._leave(found)
+            note = self._note() or found
         return PeerError(note or "the connection to another rank, or to the store, is lost: a process is gone")
+
+    def settle(self) -> None:
+        """Without torchrun the store lives in rank 0, which waits a little until the others know.
+
+        All but the one that was killed, if it was that.
+        """
+        stop = time.monotonic() + 2 * PATIENCE
+        while self._world.rank == 0 and time.monotonic() < stop and self._told() < self._num_listening():
+            time.sleep(0.05)
+
+    def _num_listening(self) -> int:
+        return self._world.size - 1 - (GONE in (self._note() or ""))
+
+    def _told(self) -> int:
+        try:
+            return int(self._world.store.add(TOLD, 0))
+        except Exception:
+            return self._world.size
 
     def end(self) -> None:
         self._ended.set()
@@ -70,11 +95,12 @@ class Peers:
         return None
 
 
-def _watch(store: Any, alarm: Callable[[], None], ended: threading.Event) -> None:
+def _watch(store: Any, alarm: Callable[[], None], ended: threading.Event, is_told: bool) -> None:
     """Look for a note on a connection of its own: one that is busy makes the others wait."""
     with contextlib.suppress(Exception):  # without the store, the links alone tell
-        while not ended.wait(INTERVAL):
-            if store.check([NOTE]):
-                break
+        while not ended.wait(INTERVAL) and not store.check([NOTE]):
+            pass
+        if is_told and store.check([NOTE]):
+            store.add(TOLD, 1)
     if not ended.is_set():
         alarm()
