@@ -14,7 +14,16 @@ from autodecouple import schedules, simulator
 from autodecouple.cost import Cost, FlopCost, measured
 from autodecouple.decoupled import Decoupled
 from autodecouple.graph import Graph
-from autodecouple.options import Capturing, Loss, Options, Wish, check_model, check_training
+from autodecouple.options import (
+    Capturing,
+    Loss,
+    Options,
+    Wish,
+    check_model,
+    check_training,
+    choose_devices,
+    choose_executor,
+)
 from autodecouple.passes.candidates import Candidate, find_cuts
 from autodecouple.passes.capturing.tied import untied
 from autodecouple.pipeline import decide, note_untied, prepare, with_target
@@ -67,7 +76,8 @@ def compile(
                     output is (N, T, V), say
     criterion:      (output, target) -> scalar loss of the last stage; None is cross-entropy on the logits
     optimizer:      parameters -> optimizer, called once per stage; scheduler: optimizer -> scheduler, stepped with it
-    devices:        one entry per lane; None is every visible GPU, or else one CPU lane per core
+    devices:        one entry per lane; None is every visible GPU, or else one CPU lane per core; under torchrun one
+                    per process
     plan:           a plan to build instead of deciding one; schedule: a name or a value from autodecouple.schedules
     cost:           what balances the stages: "flops" of a training step
     cut_at:         nodes or modules after which to cut; no_split: modules, or classes of them, never cut inside
@@ -79,14 +89,16 @@ def compile(
                     named here) trains on detached features, as one more stage on the same lane
     recompute:      run a stage's forward again for its backward instead of keeping its activations
     clip_grad_norm: per stage; accumulate: batches per update; on_nonfinite: "raise", "skip" or "ignore"
-    executor:       "streams" or "inline"; None is inline for the sequential schedule, else streams
+    executor:       "streams" (threads), "distributed" (one process per lane, under torchrun) or "inline"; None is
+                    inline for the sequential schedule, distributed under torchrun, else streams
     seed:           of the heads' weights and of every dropout mask
     Raises an AutodecoupleError that says what does not fit, before anything is trained.
     """
+    executor = choose_executor(executor, schedules.resolve(schedule))
     wish = Wish.checked(
         n_stages,
         loss,
-        devices,
+        choose_devices(devices, executor),
         cost=cost,
         cut_at=cut_at,
         memory_limit=memory_limit,

@@ -35,6 +35,10 @@ class Decoupled:
 
     `train_step` returns at once; whatever reads the model (calling it, `model`, `state_dict`, `evaluate`) waits for the
     batches that are under way. Also a context manager, which closes the workers.
+
+    Under torchrun every rank trains its own stages: `train_step` takes inputs on rank 0 only, a step knows the losses
+    of the rank's stages, and on the last rank the output. All that waits for batches or reads the model is collective:
+    call it on every rank, at the same places, and let one rank write the state that `state_dict` gave to all.
     """
 
     def __init__(self, model: nn.Module | Graph, options: Options) -> None:
@@ -61,6 +65,11 @@ class Decoupled:
     def _ensure_captured(self, inputs: Any, target: Any = None) -> None:
         """Capture for inputs like these, unless that was done before."""
         if self._pipeline is None:
+            if inputs is None:
+                raise InputError(
+                    "the model has not been captured: pass example_inputs= to compile(), or the first batch's inputs,"
+                    " on every rank"
+                )
             self.capture(inputs, target)
 
     def _attach(self, pipeline: Pipeline) -> None:
@@ -99,6 +108,12 @@ class Decoupled:
         self._pipeline.executor.synchronize()
         self._warn_without_positives()
 
+    def _gather(self) -> None:
+        """Wait for all batches, and hold here what was trained elsewhere."""
+        self._drain()
+        if self._pipeline is not None and not self._closed:
+            self._pipeline.executor.gather()
+
     def fit(
         self,
         loader: Iterable[Any],
@@ -124,7 +139,7 @@ class Decoupled:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output in evaluation mode, without gradients: its own parameters only, no heads."""
-        self._drain()
+        self._gather()
         pipeline = self._pipeline
         if pipeline is not None and pipeline.inference is not None:
             with torch.no_grad():
@@ -143,7 +158,7 @@ class Decoupled:
     @property
     def model(self) -> nn.Module:
         """The user's own module, trained; reading it waits for the batches under way."""
-        self._drain()
+        self._gather()
         return self._model
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -163,7 +178,7 @@ class Decoupled:
         if not isinstance(device, (str, torch.device)):
             raise InputError(f"to({device!r}): stages move between devices only; convert the model before compile()")
         name = check_device(device)
-        self._drain()
+        self._gather()
         if self._pipeline is None:
             self._model.to(name)
         else:
@@ -180,7 +195,7 @@ class Decoupled:
 
         A copy: training on does not change it.
         """
-        self._drain()
+        self._gather()
         return copy.deepcopy(states.collect(self._compiled, self._next_batch))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -199,8 +214,10 @@ class Decoupled:
         background: copy the state and return; it is written while training goes on. The next `save`, `synchronize` or
         `close` waits for it, and raises CheckpointError if it could not be written
         """
-        self._drain()
-        self._writer.save(states.collect(self._compiled, self._next_batch), Path(path).resolve(), background)
+        self._gather()
+        if self._compiled.executor.feeds:
+            self._writer.save(states.collect(self._compiled, self._next_batch), Path(path).resolve(), background)
+        self._drain()  # no rank reads the folder before it is there
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Go on from what `save` wrote; raises CheckpointError for what is not whole, and as `load_state_dict` does."""

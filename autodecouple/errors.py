@@ -39,3 +39,7 @@ class CheckpointError(AutodecoupleError, ValueError):
 
 class ClosedError(AutodecoupleError, RuntimeError):
     """The pipeline was closed, or an earlier error stopped it."""
+
+
+class PeerError(AutodecoupleError, RuntimeError):
+    """Another process of the same training failed, or is gone; the message says which one, and what it said."""

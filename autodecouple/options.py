@@ -12,11 +12,12 @@ from torch import nn
 from autodecouple import objectives, schedules
 from autodecouple.errors import InputError, PlanError
 from autodecouple.executors import EXECUTORS
+from autodecouple.executors.world import one_lane_per_rank, world_size
 from autodecouple.objectives import Objective
 from autodecouple.passes.partition import check_n_stages
 from autodecouple.passes.place import check_device, default_devices
 from autodecouple.plans import Plan
-from autodecouple.schedules import Schedule, Sequential
+from autodecouple.schedules import GPipe, OneFOneB, Schedule, Sequential
 from autodecouple.stage import Training
 
 Loss = str | Objective | Sequence[str | Objective]
@@ -117,10 +118,23 @@ class Options:
         if criterion is not None and not callable(criterion):
             raise InputError(f"criterion={criterion!r} is not callable; pass a loss like nn.CrossEntropyLoss()")
         found = schedules.resolve(schedule)
-        chosen = executor if executor is not None else "inline" if isinstance(found, Sequential) else "streams"
-        if chosen not in EXECUTORS:
+        return Options(capturing, wish, training, criterion, found, choose_executor(executor, found), seed)
+
+
+def choose_executor(executor: str | None, schedule: Schedule) -> str:
+    """The executor asked for, or the one that suits where the script runs; raises InputError for an unknown name."""
+    if executor is not None:
+        if executor not in EXECUTORS:
             raise InputError(f"executor={executor!r} is not known; there are: {', '.join(EXECUTORS)}")
-        return Options(capturing, wish, training, criterion, found, chosen, seed)
+        return executor
+    if isinstance(schedule, Sequential):
+        return "inline"
+    return "distributed" if world_size() > 1 and not isinstance(schedule, (GPipe, OneFOneB)) else "streams"
+
+
+def choose_devices(devices: Sequence[Any] | None, executor: str) -> Sequence[Any] | None:
+    """One lane per process where processes train, unless lanes are named."""
+    return one_lane_per_rank() if devices is None and executor == "distributed" else devices
 
 
 def check_training(training: Training) -> Training:

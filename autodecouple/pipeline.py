@@ -146,7 +146,12 @@ class Pipeline:
     options: Options
 
     def job(self, index: int, inputs: Any, target: Any) -> Job:
-        """A batch, checked and ready to run; raises InputError before anything is lost."""
+        """A batch, checked and ready to run; raises InputError before anything is lost.
+
+        Where another process feeds the batches, inputs and target are not looked at.
+        """
+        if not self.executor.feeds:
+            return Job(index, self.programs.full, self.plan, None, None, 0, self.options.seed)
         leaves = bind(self.graph, inputs)
         names = [node.name for node in self.graph.train.graph.find_nodes(op="placeholder")]
         rows = _rows(self.graph, leaves)
@@ -161,7 +166,9 @@ class Pipeline:
         return Job(index, program, self.plan, values, target, rows, self.options.seed, self.written)
 
     def output(self, job: Job) -> Any:
-        """The model's output of a finished job, in its own structure."""
+        """The model's output of a finished job, in its own structure; None where another process has it."""
+        if not job.has_outputs:
+            return None
         leaves = self.graph.outputs
         dims = [self.graph.measures[x.name].value for x in leaves if isinstance(x, fx.Node)]
         return self.criterion.unflatten(job.outputs([spec.batch_dim if spec is not None else None for spec in dims]))

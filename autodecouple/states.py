@@ -89,6 +89,7 @@ def restore(pipeline: Pipeline, state: Mapping[str, Any]) -> int:
             key = keys[id(parameter)]
             gradient = state["gradients"].get(key) if key in saved.homes else None
             parameter.grad = None if gradient is None else gradient.clone().to(parameter.device)
+    pipeline.executor.scatter()
     torch.set_rng_state(state["random"]["cpu"].cpu())
     if torch.cuda.is_available() and len(state["random"]["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["random"]["cuda"])

@@ -19,7 +19,7 @@ LAYERS: tuple[set[str], ...] = (
     {"plans", "timeline", "schedules"},
     {"simulator", "cost", "view"},
     {"graph", "objectives", "passes", "randomness", "signals"},
-    {"stage", "work"},
+    {"stage", "stage_state", "work"},
     {"executors"},
     {"options", "pipeline", "optimizers", "states", "flat", "storage", "checkpoints", "fitting"},
     {"api", "decoupled"},

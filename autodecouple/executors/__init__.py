@@ -1,7 +1,13 @@
-"""How the lanes of a plan are run: `inline` in the caller's thread, `streams` with one worker per lane."""
+"""How the lanes of a plan are run.
+
+inline       in the caller's thread: the reference
+streams      one worker thread per lane, a CUDA stream each on GPUs
+distributed  one process per lane, started by torchrun on one or more machines
+"""
 
 from collections.abc import Callable, Sequence
 
+from autodecouple.executors.distributed import Distributed
 from autodecouple.executors.executor import Executor
 from autodecouple.executors.inline import Inline
 from autodecouple.executors.job import Step
@@ -9,6 +15,10 @@ from autodecouple.executors.streams import Streams
 from autodecouple.schedules.program import Program
 from autodecouple.stage import Stage
 
-EXECUTORS: dict[str, Callable[[Sequence[Stage], Program, int], Executor]] = {"inline": Inline, "streams": Streams}
+EXECUTORS: dict[str, Callable[[Sequence[Stage], Program, int], Executor]] = {
+    "inline": Inline,
+    "streams": Streams,
+    "distributed": Distributed,
+}
 
 __all__ = ["EXECUTORS", "Executor", "Inline", "Step", "Streams"]

@@ -17,7 +17,13 @@ from autodecouple.timeline import Span, Timeline
 
 
 class Executor(Protocol):
-    """Runs jobs through the stages in the order of a schedule."""
+    """Runs jobs through the stages in the order of a schedule.
+
+    feeds: whether the batches' inputs come from this process; elsewhere a job has none
+    """
+
+    @property
+    def feeds(self) -> bool: ...
 
     @property
     def timeline(self) -> Timeline: ...
@@ -30,9 +36,29 @@ class Executor(Protocol):
         """Wait until every job is done; raises the first error."""
         ...
 
+    def gather(self) -> None:
+        """Let this process's stages hold what was trained elsewhere; nothing may be under way."""
+        ...
+
+    def scatter(self) -> None:
+        """Hand the state of this process's stages to where they are trained; nothing may be under way."""
+        ...
+
     def close(self, *, abort: bool = False, wait: bool = True) -> None:
         """End workers; `abort` drops jobs that are still running, `wait=False` returns before they have ended."""
         ...
+
+
+class Local:
+    """What is the same for every executor whose stages are trained in this process."""
+
+    feeds = True
+
+    def gather(self) -> None:
+        return None
+
+    def scatter(self) -> None:
+        return None
 
 
 class Programs:

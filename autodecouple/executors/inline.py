@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from autodecouple.executors.executor import Recorder
+from autodecouple.executors.executor import Local, Recorder
 from autodecouple.executors.job import Job
 from autodecouple.executors.transport import make_queues
 from autodecouple.schedules.program import Program
@@ -15,7 +15,7 @@ from autodecouple.stage import Stage
 from autodecouple.timeline import Timeline
 
 
-class Inline:
+class Inline(Local):
     """Runs each job to its end before `submit` returns; `num_threads` as the plan's CPU lanes would have them."""
 
     def __init__(self, stages: Sequence[Stage], program: Program, num_threads: int) -> None:

@@ -18,11 +18,15 @@ from autodecouple.schedules.program import Program
 from autodecouple.stage import Stage
 from autodecouple.work import Values, Work
 
+Key = tuple[str, int, int | None]
+"""Of a value in transit: what it is ("activations", "signal", "gradient", "target"), for or of which stage, slice."""
+
 
 class Job:
     """A batch: its program, the values in transit between its stages, and its results.
 
-    inputs: the graph's input values by name; target: what the last signal compares with; rows: of the batch;
+    inputs: the graph's input values by name, None where another process gives them: `begin` is then called when the
+            first of them arrive; target: what the last signal compares with; rows: of the batch;
     written: inputs that the model writes into, and that are copied: the caller's own would change at some later time
     """
 
@@ -31,31 +35,37 @@ class Job:
         index: int,
         program: Program,
         plan: Plan,
-        inputs: Values,
+        inputs: Values | None,
         target: Any,
         rows: int,
         seed: int,
         written: Collection[str] = (),
     ):
         self.index = index
-        self.program = program
         self.plan = plan
         self.seed = seed
-        self.rows = rows
         self.caller = Caller.current()
         self.done: set[Action] = set()
-        self._sizes = _sizes(rows, program.schedule.num_micro_batches)
-        self.work = [Work(self._sizes) for _ in plan.stages]
         self.losses: list[torch.Tensor | None] = [None] * len(plan.stages)
         self.ends: list[Parcel] = []  # complete when the devices have done what the lanes queued
         self.error: BaseException | None = None
         self.finished = threading.Event()
+        self.parcels: dict[Key, Parcel] = {}
+        self._devices = {torch.device(stage.device) for stage in plan.stages}
+        self.lent = _memory((inputs, target))  # the caller may write there again
+        self.begin(program, rows)
+        if inputs is not None:
+            self.parcels["target", 0, None] = pack_from_caller(target, self._devices)
+            self._post_inputs(inputs, written)
+
+    def begin(self, program: Program, rows: int) -> None:
+        """Know the batch's rows, and with them its micro-batches."""
+        self.program = program
+        self.rows = rows
+        self._sizes = _sizes(rows, program.schedule.num_micro_batches)
+        self.work = [Work(self._sizes) for _ in self.plan.stages]
         lanes = range(len(program.lanes))
         self.to_take, self.to_leave = set(lanes), set(lanes)  # which lanes have still to begin it, and to end it
-        self._parcels: dict[tuple[str, int, int | None], Parcel] = {}
-        self._devices = {torch.device(stage.device) for stage in plan.stages}
-        self._parcels["target", 0, None] = pack_from_caller(target, self._devices)
-        self._post_inputs(inputs, written)
 
     def _post_inputs(self, inputs: Values, written: Collection[str]) -> None:
         """The first stage is sent the model's inputs, micro-batch by micro-batch."""
@@ -68,7 +78,7 @@ class Job:
         for micro_batch in range(len(self._sizes)):
             values = {name: split[micro_batch] for name, split in parts.items()}
             values |= {name: values[name].clone() for name in written}
-            self._parcels["activations", 0, micro_batch] = pack_from_caller(values, self._devices)
+            self.parcels["activations", 0, micro_batch] = pack_from_caller(values, self._devices)
 
     def perform(self, action: Action, stage: Stage, queue: Queue) -> None:
         """Run one action; its dependencies must be done."""
@@ -77,34 +87,34 @@ class Job:
 
     def _forward(self, action: Action, stage: Stage, queue: Queue) -> None:
         micro_batch = _number(action)
-        received = queue.receive(self._parcels.pop(("activations", stage.index, micro_batch)))
+        received = queue.receive(self.parcels.pop(("activations", stage.index, micro_batch)))
         randomness = Randomness(self.seed, self.index, micro_batch)
         sent = stage.forward(self.work[stage.index], micro_batch, received, randomness)
         if stage.index + 1 < len(self.plan.stages):
-            self._parcels["activations", stage.index + 1, micro_batch] = queue.send(sent)
+            self.parcels["activations", stage.index + 1, micro_batch] = queue.send(sent)
 
     def _loss(self, action: Action, stage: Stage, queue: Queue) -> None:
         signal = self._signal(stage.index, action.micro_batch, queue)
         encoded = stage.loss(self.work[stage.index], action.micro_batch, signal)
         if stage.index < len(self.plan.cuts) and self.plan.cuts[stage.index].encodes:
-            self._parcels["signal", stage.index, action.micro_batch] = queue.send(encoded)
+            self.parcels["signal", stage.index, action.micro_batch] = queue.send(encoded)
 
     def _signal(self, stage: int, micro_batch: int | None, queue: Queue) -> Any:
         """What the stage's head compares with: the target, or the last encoding of it."""
         source = self.plan.signal_source(stage)
         if source is not None:
-            return queue.receive(self._parcels["signal", source, micro_batch])
-        target = queue.receive(self._parcels["target", 0, None])
+            return queue.receive(self.parcels["signal", source, micro_batch])
+        target = queue.receive(self.parcels["target", 0, None])
         return target if micro_batch is None else _split(target, self.rows, self._sizes)[micro_batch]
 
     def _backward(self, action: Action, stage: Stage, queue: Queue) -> None:
         micro_batch = _number(action)
-        parcel = self._parcels.pop(("gradient", stage.index, micro_batch), None)
+        parcel = self.parcels.pop(("gradient", stage.index, micro_batch), None)
         gradients = queue.receive(parcel) if parcel is not None else None
         queue.keep(self.work[stage.index].passages[micro_batch].values)
         sent = stage.backward(self.work[stage.index], micro_batch, gradients)
         if sent is not None:
-            self._parcels["gradient", stage.index - 1, micro_batch] = queue.send(sent)
+            self.parcels["gradient", stage.index - 1, micro_batch] = queue.send(sent)
 
     def _update(self, action: Action, stage: Stage, queue: Queue) -> None:
         self.losses[stage.index] = stage.update(self.work[stage.index], self.work[stage.loss_stage])
@@ -120,11 +130,16 @@ class Job:
                     stage.discard(self.work[stage.index])
 
     def finish(self) -> None:
-        self._parcels.clear()
+        self.parcels.clear()
         for work in self.work:  # a caller may keep the step for its losses and output
             work.passages.clear()
             work.before = None
         self.finished.set()
+
+    @property
+    def has_outputs(self) -> bool:
+        """Whether the last stage has run in this process."""
+        return bool(self.work[-1].outputs)
 
     def outputs(self, batch_dims: Sequence[int | None]) -> tuple[Any, ...]:
         """The model's flat outputs of the whole batch."""
@@ -157,13 +172,13 @@ class Step:
 
     @property
     def losses(self) -> tuple[float | None, ...]:
-        """One per stage; None for a stage whose loss is the next one's (coupled)."""
+        """One per stage; None for a stage whose loss is the next one's (coupled), or is known to another process."""
         self._wait()
         return tuple(None if loss is None else float(loss) for loss in self._job.losses)
 
     @property
     def output(self) -> Any:
-        """The model's output in training mode, in its own structure."""
+        """The model's output in training mode, in its own structure; None where another process has it."""
         self._wait()
         return lend_to_caller(self._unflatten(self._job))
 
@@ -178,6 +193,12 @@ class Step:
     def __repr__(self) -> str:
         state = "failed" if self._job.error is not None else "done" if self._job.finished.is_set() else "running"
         return f"Step(batch={self.batch}, {state})"
+
+
+def _memory(values: Any) -> frozenset[int]:
+    """Where the tensors among these values lie."""
+    tensors = (leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor))
+    return frozenset(tensor.untyped_storage().data_ptr() for tensor in tensors)
 
 
 def _number(action: Action) -> int:

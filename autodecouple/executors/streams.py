@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 
 from autodecouple.errors import ClosedError
-from autodecouple.executors.executor import Recorder, stages_of_lane
+from autodecouple.executors.executor import Local, Recorder, stages_of_lane
 from autodecouple.executors.job import Job
 from autodecouple.executors.transport import Parcel, Queues, make_queues
 from autodecouple.plans import Plan
@@ -31,7 +31,7 @@ SECONDS_AT_EXIT = 10.0
 """How long a process that ends without close() waits for the actions under way."""
 
 
-class Streams:
+class Streams(Local):
     """Runs jobs on one worker per lane; `submit` returns as soon as the first lane has room."""
 
     def __init__(self, stages: Sequence[Stage], program: Program, num_threads: int) -> None:
