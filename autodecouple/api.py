@@ -89,8 +89,8 @@ def compile(
                     named here) trains on detached features, as one more stage on the same lane
     recompute:      run a stage's forward again for its backward instead of keeping its activations
     clip_grad_norm: per stage; accumulate: batches per update; on_nonfinite: "raise", "skip" or "ignore"
-    executor:       "streams" (threads), "distributed" (one process per lane, under torchrun) or "inline"; None is
-                    inline for the sequential schedule, distributed under torchrun, else streams
+    executor:       "streams" (a thread per lane), "processes" (forked, one per CPU lane), "distributed" (torchrun)
+                    or "inline"; None is inline for the sequential schedule, distributed under torchrun, else streams
     seed:           of the heads' weights and of every dropout mask
     Raises an AutodecoupleError that says what does not fit, before anything is trained.
     """

@@ -5,17 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rank_tools import Outcome, forked_ranks, free_port, run_ranks
-from torch import Tensor, nn
+from rank_tools import Outcome, run_ranks
+from torch import nn
 from training_tools import (
     Batch,
     Encoding,
@@ -31,7 +28,6 @@ from training_tools import (
 
 from autodecouple.errors import InputError
 from autodecouple.executors.job import Job
-from autodecouple.executors.wire import SLOTS, Decoder, Encoder, Message
 from autodecouple.schedules import GPipe, MicroBatched, OneFOneB, Schedule, Streaming
 from autodecouple.schedules.actions import Action, Op
 

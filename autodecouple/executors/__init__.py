@@ -11,6 +11,7 @@ from autodecouple.executors.distributed import Distributed
 from autodecouple.executors.executor import Executor
 from autodecouple.executors.inline import Inline
 from autodecouple.executors.job import Step
+from autodecouple.executors.processes import Processes
 from autodecouple.executors.streams import Streams
 from autodecouple.schedules.program import Program
 from autodecouple.stage import Stage
@@ -18,6 +19,7 @@ from autodecouple.stage import Stage
 EXECUTORS: dict[str, Callable[[Sequence[Stage], Program, int], Executor]] = {
     "inline": Inline,
     "streams": Streams,
+    "processes": Processes,
     "distributed": Distributed,
 }
 

@@ -105,6 +105,12 @@ class Recorder:
             raise
         self._marks.append((lane, action, job.index, start, queue.mark(), queue.seconds))
 
+    def take(self) -> tuple[Span, ...]:
+        """The spans so far, which are forgotten here."""
+        spans = self.timeline().spans
+        self._marks.clear()
+        return spans
+
     def timeline(self) -> Timeline:
         spans = [
             Span(lane, action, batch, seconds(start), seconds(stop))

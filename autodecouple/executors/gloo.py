@@ -167,9 +167,10 @@ def _receive_all(links: GlooLinks, peer: int) -> None:
         if header[-1]:
             (part,) = _receive(links, peer, [torch.empty(header[-1], dtype=torch.uint8)])
             decoder.learn(header, part.numpy().tobytes())
-        sizes = [layout.num_bytes for layout in decoder.layouts(header)]
-        payload = _receive(links, peer, [torch.empty(size, dtype=torch.uint8) for size in sizes])
-        message = decoder.decode(header, iter(payload))
+        layouts = decoder.layouts(header)
+        rooms = [torch.empty(layout.room, dtype=torch.uint8) for layout in layouts]
+        _receive(links, peer, [room[layout.shift :] for room, layout in zip(rooms, layouts, strict=True)])
+        message = decoder.decode(header, iter(rooms))
         links.hand_over(peer, message)
 
 

@@ -62,9 +62,16 @@ class LaneRunner:
         self._home = {action.stage: index for index, actions in enumerate(program.lanes) for action in actions}
         self._num_lanes = len(program.lanes)
         self._queues = make_queues(self.own)
+        self._peeked: Message | None = None
         self._kept: dict[tuple[int, int, Key], Message] = {}
 
     # ---------------------------------------------------------------- a batch
+
+    def next_batch(self) -> int:
+        """Wait for the next batch's first message; returns the batch's number."""
+        assert self._feeder is not None
+        self._peeked = self._links.receive(self._feeder)
+        return self._peeked.batch
 
     def run(self, job: Job) -> None:
         """Train the lane's stages on a batch; on an error they are as they were before it, as far as not updated."""
@@ -72,7 +79,7 @@ class LaneRunner:
             if job.program.schedule.barrier:
                 self.meet(job.index, f"begins batch {job.index}")
             if self._feeder is not None:
-                self.open(job)
+                self._open(job, self._next(self._feeder, f"trains batch {job.index}"))
             for action in job.program.lanes[self.lane]:
                 self._receive_for(job, action)
                 stage = self._stages[action.stage]
@@ -91,11 +98,10 @@ class LaneRunner:
         for queue in self._queues.values():
             queue.synchronize()
 
-    def open(self, job: Job) -> None:
-        """Take a batch's first activations, which tell its rows."""
-        assert self._feeder is not None
-        message = self._next(self._feeder, f"trains batch {job.index}")
+    def _open(self, job: Job, message: Message) -> None:
+        """Begin a batch with its first activations, which tell its rows."""
         if message.kind == "sync" or message.batch != job.index:
+            assert self._feeder is not None
             raise _apart(self._feeder, message, f"trains batch {job.index}")
         job.begin(self.programs.for_rows(message.count), message.rows)
         self._deliver(job, message)
@@ -157,7 +163,8 @@ class LaneRunner:
         return self._kept.pop((lane, batch, key))
 
     def _next(self, lane: int, doing: str) -> Message:
-        message = self._links.receive(lane)
+        message = self._links.receive(lane) if lane != self._feeder or self._peeked is None else self._peeked
+        self._peeked = None if lane == self._feeder else self._peeked
         if message.kind == "end":
             raise PeerError(f"lane {lane} has ended the training after {message.batch} batches; this one {doing}")
         return message

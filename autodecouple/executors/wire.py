@@ -23,6 +23,8 @@ NUM_FIELDS = 8
 """Numbers in a header."""
 SLOTS = 64
 """Descriptions that both sides remember; with more than that in turn, the oldest is sent again."""
+ALIGNMENT = 64
+"""Bytes, to a multiple of which torch aligns memory on a CPU."""
 SPARSE = 4
 """A tensor whose memory spans more than this many times its elements is packed tight instead of sent as it lies."""
 
@@ -46,15 +48,26 @@ class Message:
 
 @dataclass(frozen=True)
 class Layout:
-    """A tensor without its elements: they lie within `num_bytes` of memory."""
+    """A tensor without its elements, which lie within `num_bytes` of memory.
+
+    shift: bytes from a multiple of 64 to their beginning; where it is another, kernels that load many elements at once
+           add them up in another order
+    """
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
+    shift: int
     num_bytes: int
 
-    def over(self, memory: torch.Tensor) -> torch.Tensor:
-        """The tensor on this memory: bytes that begin at a multiple of the element's size."""
+    @property
+    def room(self) -> int:
+        """Bytes to set aside, from a multiple of 64 on."""
+        return self.shift + self.num_bytes if self.num_bytes else 0
+
+    def over(self, room: torch.Tensor) -> torch.Tensor:
+        """The tensor in the room set aside for it."""
+        memory = room[self.shift :]
         tensor = torch.empty(0, dtype=self.dtype)
         offset = memory.storage_offset() // tensor.element_size()
         return tensor.set_(memory.untyped_storage(), offset, self.shape, self.stride)
@@ -66,6 +79,7 @@ class Packed:
 
     header: tuple[int, ...]
     description: bytes
+    layouts: Sequence[Layout]
     payload: Sequence[torch.Tensor]
 
 
@@ -89,7 +103,8 @@ class Encoder:
         slot, known = self._slot(description)
         sliced = -1 if message.micro_batch is None else message.micro_batch
         fields = (KINDS.index(message.kind), message.batch, message.stage, sliced, message.rows, message.count)
-        return Packed((*fields, slot, 0 if known else len(description)), b"" if known else description, payload)
+        header = (*fields, slot, 0 if known else len(description))
+        return Packed(header, b"" if known else description, layouts_in(described), payload)
 
     def _slot(self, description: bytes) -> tuple[int, bool]:
         if description in self._slots:
@@ -112,11 +127,10 @@ class Decoder:
         self._slots[header[6]] = pickle.loads(description)
 
     def layouts(self, header: Sequence[int]) -> list[Layout]:
-        leaves = pytree.tree_leaves(self._slots[header[6]])
-        return [leaf for leaf in leaves if isinstance(leaf, Layout)]
+        return layouts_in(self._slots[header[6]])
 
-    def decode(self, header: Sequence[int], payload: Iterator[torch.Tensor]) -> Message:
-        values = pytree.tree_map_only(Layout, lambda layout: layout.over(next(payload)), self._slots[header[6]])
+    def decode(self, header: Sequence[int], rooms: Iterator[torch.Tensor]) -> Message:
+        values = pytree.tree_map_only(Layout, lambda layout: layout.over(next(rooms)), self._slots[header[6]])
         kind, batch, stage, sliced, rows, count = header[:6]
         return Message(KINDS[kind], batch, stage, None if sliced < 0 else sliced, rows, count, values)
 
@@ -131,7 +145,12 @@ def _spread(tensor: torch.Tensor, payload: list[torch.Tensor]) -> Layout:
     memory = torch.empty(0, dtype=torch.uint8)
     memory.set_(tensor.untyped_storage(), tensor.storage_offset() * size, (num_bytes,), (1,))
     payload.append(memory)
-    return Layout(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, num_bytes)
+    shift = tensor.data_ptr() % ALIGNMENT
+    return Layout(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, shift, num_bytes)
+
+
+def layouts_in(described: Any) -> list[Layout]:
+    return [leaf for leaf in pytree.tree_leaves(described) if isinstance(leaf, Layout)]
 
 
 def _span(tensor: torch.Tensor) -> int:
