@@ -14,8 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1]), str(HERE.parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
@@ -90,9 +89,7 @@ def devices(graph: Graph, data: Sequence[Batch], count: int, args: argparse.Name
 
 def best_of(found: dict[str, float]) -> dict[str, float]:
     """Each schedule with the number of micro-batches that suits it."""
-    return {
-        name: min(s for key, s in found.items() if key.split()[0] == name) for name in ("backprop", *SCHEDULES)
-    }
+    return {name: min(s for key, s in found.items() if key.split()[0] == name) for name in ("backprop", *SCHEDULES)}
 
 
 def report(found: dict[str, Any]) -> str:

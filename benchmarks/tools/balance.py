@@ -12,15 +12,19 @@ from torch import Tensor, nn
 
 
 def balance(row: nn.Sequential, x: Tensor, parts: int, repeats: int = 3) -> list[int]:
-    """Layers in each part, such that the slowest part takes the least time; every split is tried."""
+    """Layers in each part, by the median of their times on a batch (inputs)."""
     rounds = [layer_seconds(row, x) for _ in range(repeats)]
-    times = [statistics.median(found) for found in zip(*rounds, strict=True)]
+    return best_split([statistics.median(found) for found in zip(*rounds, strict=True)], parts)
+
+
+def best_split(times: Sequence[float], parts: int) -> list[int]:
+    """Sizes of contiguous parts, such that the slowest takes the least time; every split is tried."""
     inner = itertools.combinations(range(1, len(times)), parts - 1)
-    ends = min(((0, *cuts, len(times)) for cuts in inner), key=lambda ends: slowest(times, ends))
+    ends = min(((0, *cuts, len(times)) for cuts in inner), key=lambda ends: _slowest(times, ends))
     return [stop - start for start, stop in itertools.pairwise(ends)]
 
 
-def slowest(times: Sequence[float], ends: Sequence[int]) -> float:
+def _slowest(times: Sequence[float], ends: Sequence[int]) -> float:
     return max(sum(times[start:stop]) for start, stop in itertools.pairwise(ends))
 
 

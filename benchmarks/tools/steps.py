@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 import autodecouple
+from autodecouple.executors import Step as Running
 from tools.networks import Batch, sgd
 
 Step = Callable[[], Any]
@@ -44,10 +45,10 @@ def backprop(model: nn.Module, batches: Sequence[Batch], micro_batches: int = 1)
 def decoupled(found: autodecouple.Decoupled, batches: Sequence[Batch], behind: int = 4) -> Step:
     """The loop that keeps the pipeline full: it reads the losses of a few batches ago, and so waits for those.
 
-        caller   s0 s1 s2 s3 s4 s5 s6        step 6 returns when batch 2 is trained on every stage: a pipeline that
-        lane 1         b0 b1 b2 ...          takes batches faster than it trains them gains nothing in the measurement
+    caller   s0 s1 s2 s3 s4 s5 s6        step 6 returns when batch 2 is trained on every stage: a pipeline that
+    lane 1         b0 b1 b2 ...          takes batches faster than it trains them gains nothing in the measurement
     """
-    stream, running = itertools.cycle(batches), deque[autodecouple.Step]()
+    stream, running = itertools.cycle(batches), deque[Running]()
 
     def step() -> None:
         running.append(found.train_step(*next(stream)))

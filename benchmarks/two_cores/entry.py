@@ -27,7 +27,8 @@ class Unavailable(Exception):
 class Entry:
     """A network, and for how many batches it is trained.
 
-    name, tiny: of the network; warm_up: batches before the clock starts, until every pipeline is full; batches: timed ones
+    name, tiny: of the network
+    warm_up:    batches before the clock starts, until every pipeline is full; batches: timed ones
     cost:       what balances the stages of `ours`
     """
 

@@ -16,13 +16,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1]), str(HERE.parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from contestants import BASE, CONTESTANTS
 from entry import NETWORKS, Entry
 from tools import rounds as turns
 
+WORKER = Path(__file__).resolve().with_name("worker.py")
 Outcome = dict[str, Any]
 
 
@@ -85,7 +85,7 @@ def play(entry: Entry, names: list[str], args: argparse.Namespace) -> tuple[list
 def play_once(name: str, entry: Entry, timeout: float) -> Outcome:
     """A contestant in a fresh process."""
     environment = os.environ | {"OMP_NUM_THREADS": str(CONTESTANTS[name].threads)}
-    command = [sys.executable, str(HERE / "worker.py"), name, json.dumps(asdict(entry))]
+    command = [sys.executable, str(WORKER), name, json.dumps(asdict(entry))]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
