@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rank_tools import Outcome, run_ranks
+from rank_tools import Outcome, free_port, run_ranks
 from torch import nn
 from training_tools import (
     Batch,
@@ -31,6 +35,7 @@ from autodecouple.executors.job import Job
 from autodecouple.schedules import GPipe, MicroBatched, OneFOneB, Schedule, Streaming
 from autodecouple.schedules.actions import Action, Op
 
+ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [
     pytest.mark.timeout(120),
     pytest.mark.filterwarnings("ignore:.*had no two rows of one class"),
@@ -308,3 +313,124 @@ def test_another_number_of_processes_is_refused() -> None:
 def test_without_other_processes() -> None:
     with pytest.raises(InputError, match="torchrun --nproc-per-node"):
         compiled("norm", 2, executor="distributed")
+
+
+# ---------------------------------------------------------------- scripts
+
+SCRIPT = """
+import os, sys
+import torch
+from torch import nn
+import torch.distributed as dist
+import autodecouple
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+layers = [nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.1)) for _ in range(4)]
+model = nn.Sequential(*layers, nn.Linear(6, 4))
+rank = int(os.environ.get("RANK", "0"))
+how = sys.argv[1:]
+if "group" in how:
+    dist.init_process_group("gloo")
+options = {"executor": "inline"} if "inline" in how else {}
+decoupled = autodecouple.compile(model, 2, "early_exit", example_inputs=torch.randn(8, 6), **options)
+generator = torch.Generator().manual_seed(1)
+steps = []
+for batch, rows in enumerate([8] * 48 + [3, 2]):
+    x, y = torch.randn(rows, 6, generator=generator), torch.randint(4, (rows,), generator=generator)
+    if "error" in how and rank == 0 and batch == 5:
+        raise RuntimeError("of the loader")
+    steps.append(decoupled.train_step(x, y) if rank == 0 else decoupled.train_step(None))
+if "group" in how:
+    dist.barrier()
+    dist.destroy_process_group()  # is not ours
+state = decoupled.state_dict()["model"]
+for step in steps:
+    for stage, loss in enumerate(step.losses):
+        if loss is not None:
+            print("loss", step.batch, stage, loss.hex())
+for name, value in state.items():
+    print("state", name, value.double().sum().item().hex())
+"""
+
+
+def script(folder: Path) -> str:
+    file = folder / "script.py"
+    file.write_text(SCRIPT)
+    return str(file)
+
+
+def told(*outputs: str) -> set[str]:
+    return {line for output in outputs for line in output.splitlines() if line.startswith(("loss", "state"))}
+
+
+def start(command: Sequence[str], **environment: str) -> subprocess.Popen[str]:
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=variables, **pipes)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [[], ["group"]], ids=["alone", "beside a group of the user's"])
+def test_the_same_script_under_torchrun(how: list[str], tmp_path: Path) -> None:
+    """No argument says so, the second rank has no data, and nobody closes anything."""
+    expected = start([sys.executable, script(tmp_path), "inline"])
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    found = start([sys.executable, *launch, script(tmp_path), *how])
+    (want, _), (have, errors) = expected.communicate(timeout=60), found.communicate(timeout=60)
+    assert found.returncode == 0, errors
+    assert len(told(want)) == 100 + len([name for name in told(want) if name.startswith("state")])
+    assert told(have) == told(want)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_an_error_of_the_loop_is_known_to_all(tmp_path: Path) -> None:
+    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, script(tmp_path), "error"]
+    ranks = [start(command, RANK=str(rank), **environment) for rank in range(2)]
+    errors = [rank.communicate(timeout=60)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [1, 1]
+    assert "PeerError: rank 0 (stage 0) failed: RuntimeError: of the loader" in errors[1]
+
+
+def namespaces() -> list[str]:
+    """Two network namespaces with a cable between them; none where that is not allowed."""
+    names = [f"autodecouple{number}" for number in range(2)]
+    commands = [f"ip netns add {name}" for name in names]
+    commands.append(f"ip link add adc0 netns {names[0]} type veth peer name adc1 netns {names[1]}")
+    for number, name in enumerate(names):
+        commands.append(f"ip -n {name} addr add 10.77.0.{number + 1}/24 dev adc{number}")
+        commands += [f"ip -n {name} link set {device} up" for device in ("lo", f"adc{number}")]
+    made = shutil.which("ip") is not None and all(
+        subprocess.run(command.split(), capture_output=True).returncode == 0 for command in commands
+    )
+    return names if made else []
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_two_hosts(tmp_path: Path) -> None:
+    """Each in a network namespace of its own, with nothing but a cable between them."""
+    try:
+        names = namespaces()
+        if not names:
+            pytest.skip("network namespaces cannot be made here")
+        expected = start([sys.executable, script(tmp_path), "inline"])
+        environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29511", "LOCAL_RANK": "0"}
+        ranks = [
+            start(
+                ["ip", "netns", "exec", name, sys.executable, script(tmp_path)],
+                RANK=str(rank),
+                GLOO_SOCKET_IFNAME=f"adc{rank}",
+                **environment,
+            )
+            for rank, name in enumerate(names)
+        ]
+        outputs = [rank.communicate(timeout=90) for rank in ranks]
+        assert [rank.returncode for rank in ranks] == [0, 0], outputs
+        assert told(*(output for output, _ in outputs)) == told(expected.communicate(timeout=60)[0])
+    finally:
+        for number in range(2 if shutil.which("ip") else 0):
+            subprocess.run(["ip", "netns", "del", f"autodecouple{number}"], capture_output=True)

@@ -12,7 +12,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -84,7 +84,14 @@ CASES: dict[str, tuple[int, Any, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = ("two lanes", "micro-batches", "a signal that skips a lane", "coupled stages")
+
+
+def slow_but(quick: Iterable[Any], cases: Iterable[Any]) -> list[Any]:
+    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
+@pytest.mark.parametrize("case", slow_but(QUICK, CASES))
 def test_processes_equal_one_thread(case: str) -> None:
     lanes, loss, options = CASES[case]
     options = {"optimizer": sgd, **options}
@@ -95,7 +102,7 @@ def test_processes_equal_one_thread(case: str) -> None:
     assert_same(train(compiled("dropout", 4, loss, lanes=lanes, executor="processes", **options), batches), expected)
 
 
-@pytest.mark.parametrize("schedule", [GPipe(num_micro_batches=3), OneFOneB(num_micro_batches=3)], ids=repr)
+@pytest.mark.parametrize("schedule", slow_but([OneFOneB(3)], [GPipe(3), OneFOneB(3)]), ids=repr)
 def test_schedules_of_backprop(schedule: Any) -> None:
     batches = make_batches("plain", [8, 3, 8, 8])
     expected = train(compiled("plain", 3, "bp", schedule=schedule, executor="inline"), batches)
@@ -275,16 +282,17 @@ def fail(error: BaseException) -> Callable[[], None]:
     return act
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize(
-    ("error", "kind"),
+    ("stage", "error", "kind"),
     [
-        (ValueError("boom"), ValueError),
-        (SystemExit(3), SystemExit),
-        (KeyboardInterrupt("boom"), KeyboardInterrupt),
-        (TwoArguments(3, "boom"), PeerError),
+        (0, ValueError("boom"), ValueError),
+        (1, ValueError("boom"), ValueError),
+        (2, ValueError("boom"), ValueError),
+        (1, SystemExit(3), SystemExit),
+        (0, KeyboardInterrupt("boom"), KeyboardInterrupt),
+        (2, TwoArguments(3, "boom"), PeerError),
     ],
-    ids=["ValueError", "SystemExit", "KeyboardInterrupt", "two arguments"],
+    ids=repr,
 )
 def test_an_error_arrives_with_its_type_and_place(stage: int, error: BaseException, kind: type[BaseException]) -> None:
     batches = make_batches("norm", [8] * 30)
@@ -323,7 +331,7 @@ def test_a_loss_that_is_not_finite() -> None:
             decoupled.synchronize()
 
 
-@pytest.mark.parametrize("lane", [0, 1, 2])
+@pytest.mark.parametrize("lane", slow_but([1], [0, 1, 2]))
 def test_a_killed_worker_is_named_and_its_state_can_be_loaded_again(lane: int) -> None:
     batches = make_batches("norm", [8] * 30)
     decoupled = compiled("norm", 3, executor="processes", optimizer=adam)

@@ -1,7 +1,9 @@
 """The parent's side of a set of worker processes: it forks them, feeds them, and collects what they send.
 
-caller     submit ---> board ---> feeder ---> lane 0 ---> lane 1 ---> ...      the caller may be interrupted anywhere;
-           wait   <--- board <--- collector <---+------------+                  the two threads are not
+    caller     submit ---> board ---> feeder ---> lane 0 ---> lane 1 ---> ...
+               wait   <--- board <--- collector <---+------------+
+
+The caller may be interrupted anywhere, by Ctrl-C; the two threads that hold the pipes are not.
 """
 
 from __future__ import annotations
