@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from autodecouple.errors import InputError
-from autodecouple.passes.partition import Problem, minimise_slowest
+from autodecouple.passes.partitioning.runs import StageRuns, minimise_slowest
+from autodecouple.passes.partitioning.sums import RunSums
 from autodecouple.plans import Plan
 
 
@@ -37,13 +38,11 @@ def assign_lanes(plan: Plan, devices: Sequence[str] | None = None, *, glued: Seq
 
 def _lanes(costs: Sequence[int], num_lanes: int) -> list[int]:
     """Lane of each group: contiguous runs with the smallest largest sum, by the dynamic programme of the cuts."""
-    count = len(costs)
-    sums = torch.tensor([0, *costs], dtype=torch.int64).cumsum(0)
-    body = sums[1:, None] - sums[None, :-1]
-    body[torch.arange(count)[:, None] < torch.arange(count)[None, :]] = 2**60
-    cuts = minimise_slowest(Problem((body,) * num_lanes, (0,) * (count - 1)))
-    assert cuts is not None
-    return [sum(cut < group for cut in cuts) for group in range(count)]
+    groups, nothing = torch.arange(len(costs)), torch.zeros(len(costs), dtype=torch.int64)
+    sums = RunSums(torch.tensor(costs, dtype=torch.int64), torch.zeros(0, 3, dtype=torch.int64))
+    found = minimise_slowest([StageRuns(sums, groups, nothing, groups, nothing)] * num_lanes, [0] * (len(costs) - 1))
+    assert found is not None
+    return [sum(cut < group for cut in found[1]) for group in range(len(costs))]
 
 
 def default_devices() -> list[str]:
