@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, fx
 
-from autodecouple.graph import Graph, attribute
+from autodecouple.graph import Graph
 from autodecouple.objectives.objective import Objective
 from autodecouple.passes.candidates import Candidate
 from autodecouple.passes.measure import HeadCost
@@ -53,9 +53,7 @@ class StageCosts:
     @cached_property
     def first_uses(self) -> dict[int, list[Tensor]]:
         """The trainable parameters by the position of their first use."""
-        parameters = {
-            str(n.target): attribute(self.graph.train, n) for n in self.graph.train.graph.find_nodes(op="get_attr")
-        }
+        parameters = {str(node.target): value for node, value in self.graph.owned.items()}
         first: dict[int, list[Tensor]] = {}
         for name, uses in self.graph.parameter_uses().items():
             if uses:
