@@ -154,7 +154,7 @@ class Decoupled:
         """Move all stages, heads and optimizer states to one device."""
         if not isinstance(device, (str, torch.device)):
             raise InputError(f"to({device!r}): stages move between devices only; convert the model before compile()")
-        name = check_device(device)
+        name = check_device(device).name
         self.synchronize()
         if self._pipeline is None:
             self._model.to(name)

@@ -16,6 +16,7 @@ from autodecouple.errors import CutError, PartitionError
 from autodecouple.graph import Graph
 from autodecouple.objectives.objective import Objective
 from autodecouple.passes.candidates import Candidate
+from autodecouple.passes.measuring.charges import Charge, slowed
 from autodecouple.passes.measuring.stage_costs import FORBIDDEN, StageCosts
 from autodecouple.plans import Plan
 
@@ -29,6 +30,7 @@ def choose_cuts(
     cut_at: Sequence[str] = (),
     memory_limit: int | None = None,
     classifier: str | None = None,
+    charges: Sequence[Charge] = (),
 ) -> Plan:
     """The plan whose slowest stage is cheapest: FLOPs of forward, backward and head of a training step.
 
@@ -36,6 +38,7 @@ def choose_cuts(
     cut_at:       nodes or modules after which to cut; () leaves all cuts to the optimum
     memory_limit: bytes that a stage may take, parameters, gradients, optimizer state and activations together
     classifier:   node of one more cut, behind all others; what follows it is one more stage
+    charges:      what each stage costs where it will run, one per stage; () charges FLOPs everywhere
     Raises PartitionError where no such plan exists, naming the maximum and the legal cuts; CutError for a cut_at where
     none is legal, naming the nearest legal ones.
     """
@@ -44,7 +47,7 @@ def choose_cuts(
     costs = StageCosts(graph, legal)
     count = n_stages + (classifier is not None)
     _check_possible(count, candidates, costs.most_stages(), graph.warnings)
-    bodies = [costs.table(stage, objectives, memory_limit) for stage in range(count)]
+    bodies = _charged(costs, charges or (Charge(graph),) * count, objectives, memory_limit)
     if classifier is not None:
         last = [candidate.node for candidate in legal].index(classifier)
         bodies[-2][torch.arange(len(bodies[-2])) != last] = FORBIDDEN
@@ -52,8 +55,32 @@ def choose_cuts(
     problem = Problem(tuple(bodies), tuple(_preference(candidate) for candidate in legal))
     chosen = explicit_cuts(cut_at, count, candidates) if cut_at else minimise_slowest(problem)
     if chosen is None or problem.cost(chosen) >= FORBIDDEN:
-        raise PartitionError(_impossible(count, memory_limit, legal, chosen))
+        raise PartitionError(_impossible(count, _limits(charges, memory_limit), legal, chosen))
     return costs.plan(chosen, objectives)
+
+
+def _charged(
+    costs: StageCosts, charges: Sequence[Charge], objectives: Sequence[Objective], memory_limit: int | None
+) -> list[torch.Tensor]:
+    """(ends, starts) costs of every stage on its own lane, in units of the fastest."""
+    fastest = max(charge.speed for charge in charges)
+    by_graph = {id(costs.graph): costs}
+    bodies = []
+    for stage, charge in enumerate(charges):
+        if id(charge.graph) not in by_graph:
+            by_graph[id(charge.graph)] = StageCosts(charge.graph, costs.legal, charge.head)
+        body = by_graph[id(charge.graph)].table(stage, objectives, charge.limit(memory_limit))
+        if stage == len(objectives):
+            body[-1] = (body[-1] + charge.criterion).clamp(max=FORBIDDEN)
+        bodies.append(slowed(body, charge.speed, fastest, FORBIDDEN))
+    return bodies
+
+
+def _limits(charges: Sequence[Charge], memory_limit: int | None) -> str:
+    """The limits of memory as the user gave them, "" for none."""
+    lanes = {charge.memory_limit for charge in charges if charge.memory_limit is not None}
+    parts = [f"memory_limit={limit}" for limit in sorted({*lanes, *([memory_limit] if memory_limit else [])})]
+    return " or ".join(parts)
 
 
 def find_classifier(graph: Graph, candidates: Sequence[Candidate], name: bool | str) -> str:
@@ -180,13 +207,11 @@ def _describe(candidates: Sequence[Candidate], limit: int = 40) -> str:
     return ", ".join(names[:limit]) + more or "none"
 
 
-def _impossible(
-    n_stages: int, memory_limit: int | None, legal: Sequence[Candidate], chosen: tuple[int, ...] | None
-) -> str:
+def _impossible(n_stages: int, limits: str, legal: Sequence[Candidate], chosen: tuple[int, ...] | None) -> str:
     which = "the cuts asked for" if chosen is not None else "any choice of the legal cuts"
-    if memory_limit is not None:
+    if limits:
         return (
-            f"with {which}, a stage of {n_stages} needs more than memory_limit={memory_limit} bytes or trains nothing;"
+            f"with {which}, a stage of {n_stages} needs more than {limits} bytes or trains nothing;"
             f" raise the limit, or take more stages or a smaller batch. Legal cuts: {_describe(legal)}"
         )
     return f"with {which}, a stage of {n_stages} would have no trainable parameter. Legal cuts: {_describe(legal)}"

@@ -15,6 +15,7 @@ from autodecouple.graph import Graph, attribute, module_path
 from autodecouple.objectives.objective import Objective
 from autodecouple.passes.candidates import Candidate
 from autodecouple.passes.measure import HeadCost, head_cost
+from autodecouple.passes.measuring.charges import HeadPrice
 from autodecouple.passes.measuring.memory import MemoryWalk
 from autodecouple.passes.measuring.stage_memory import OPTIMIZER_STATES, HeadMemory, StageMemory
 from autodecouple.plans import Cut, Plan, StageSpec
@@ -30,8 +31,9 @@ class StageCosts:
     after each legal cut).
     """
 
-    def __init__(self, graph: Graph, legal: Sequence[Candidate]) -> None:
+    def __init__(self, graph: Graph, legal: Sequence[Candidate], price: HeadPrice = head_cost) -> None:
         self.graph = graph
+        self.price = price
         self.legal = legal
         self.cuts: list[Cut] = [candidate.cut for candidate in legal if candidate.cut is not None]
         self.nodes = graph.operations
@@ -152,7 +154,7 @@ class StageCosts:
         if objective.name == "bp":
             return HeadCost(0, 0, 0)
         specs = [self.cuts[end].spec(name) for name in self.legal[end].features(start)]
-        return head_cost(objective, [dataclasses.replace(s, name="features") for s in specs], self.graph.signal)
+        return self.price(objective, [dataclasses.replace(s, name="features") for s in specs], self.graph.signal)
 
     def plan(self, chosen: Sequence[int], objectives: Sequence[Objective]) -> Plan:
         """The plan with these legal cuts, all stages on one lane."""
