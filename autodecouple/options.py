@@ -15,7 +15,7 @@ from autodecouple.errors import InputError, PlanError
 from autodecouple.executors import EXECUTORS
 from autodecouple.objectives import Objective
 from autodecouple.passes.partition import check_n_stages
-from autodecouple.passes.place import check_device, default_devices
+from autodecouple.passes.place import check_lane, default_devices
 from autodecouple.plans import Plan
 from autodecouple.schedules import Schedule, Sequential
 from autodecouple.stage import Training
@@ -83,7 +83,7 @@ class Wish:
                 raise InputError(f"{field}={names!r} is a string; pass a list of names: [{names!r}]")
         if plan is not None and not isinstance(plan, Plan):
             raise PlanError(f"plan={plan!r} is no Plan; read JSON with Plan.from_json(text)")
-        lanes = tuple(default_devices() if devices is None else map(check_device, devices))
+        lanes = tuple(map(check_lane, default_devices() if devices is None else devices))
         if not lanes:
             raise InputError('devices is empty; name at least one lane, like devices=["cpu"]')
         if n_stages is None:

@@ -170,6 +170,8 @@ class Plan:
             raise PlanError(
                 f"{len(self.stages)} stages need {len(self.stages) - 1} cuts, but the plan has {len(self.cuts)}"
             )
+        if len({stage.seconds is None for stage in self.stages}) > 1:
+            raise PlanError("some stages of the plan have seconds and others have none: give them to all, or to none")
 
     @property
     def is_timed(self) -> bool:

@@ -68,15 +68,16 @@ def per_stage(charges: Sequence[Charge], n_stages: int, count: int) -> tuple[Cha
     return tuple(charges[min(stage, n_stages - 1)] for stage in range(count))
 
 
-def stage_cost(plan: Plan, index: int, charge: Charge, objectives: Sequence[Objective]) -> tuple[int, int, int]:
-    """(forward, backward, head) of a stage of the plan, at speed 1."""
+def stage_cost(plan: Plan, index: int, charge: Charge, objectives: Sequence[Objective]) -> tuple[int, int, int, int]:
+    """(forward, backward, head, update) of a stage of the plan, at speed 1."""
     stage, measures = plan.stages[index], charge.graph.measures
     start = measures[stage.nodes[0]].position if index == 0 or plan.cuts[index - 1].detached else -1
-    forward = sum(measures[name].forward_flops for name in stage.nodes)
+    update = sum(charge.updates.get(name, 0) for name in stage.nodes)
+    forward = sum(measures[name].forward_flops for name in stage.nodes) - update
     backward = sum(cost for name in stage.nodes for at, cost in measures[name].backward_flops if at >= start)
     if index == len(plan.cuts):
-        return forward, backward, charge.criterion
-    return forward, backward, _head_cost(charge, plan.cuts[index], objectives[index])
+        return forward, backward, charge.criterion, update
+    return forward, backward, _head_cost(charge, plan.cuts[index], objectives[index]), update
 
 
 def _head_cost(charge: Charge, cut: Cut, objective: Objective) -> int:
@@ -106,9 +107,9 @@ def with_seconds(plan: Plan, charges: Sequence[Charge], objectives: Sequence[Obj
     def timed(stage: StageSpec) -> StageSpec:
         charge = charges[stage.lane]
         costs = stage_cost(plan, stage.index, charge, objectives)
-        forward, backward, head = (cost / 1e9 / charge.speed for cost in costs)
+        forward, backward, head, update = (cost / 1e9 / charge.speed for cost in costs)
         return dataclasses.replace(
-            stage, forward_seconds=forward, backward_seconds=backward, head_seconds=head, update_seconds=0.0
+            stage, forward_seconds=forward, backward_seconds=backward, head_seconds=head, update_seconds=update
         )
 
     return dataclasses.replace(plan, stages=tuple(map(timed, plan.stages)))

@@ -29,7 +29,7 @@ def assign_lanes(
     costs:   of every stage on every lane, [lane][stage]; () is their FLOPs on all
     More lanes than stages leave the last ones out. Raises PartitionError where no run of stages fits the lanes' memory.
     """
-    lanes = default_devices() if devices is None else [check_device(device) for device in devices]
+    lanes = [check_lane(device) for device in (default_devices() if devices is None else devices)]
     if not lanes:
         raise InputError('devices is empty; name at least one lane, like devices=["cpu"]')
     loose = [index for index in range(len(plan.stages)) if index == 0 or index not in glued]
@@ -74,21 +74,23 @@ def _runs(parts: Sequence[int]) -> torch.Tensor:
     return body
 
 
-def default_devices() -> list[Device]:
+def default_devices() -> list[str]:
     """Every visible GPU, or else one CPU lane per core that torch may use."""
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    return [Device(name) for name in gpus or ["cpu"] * torch.get_num_threads()]
+    return gpus or ["cpu"] * torch.get_num_threads()
 
 
-def check_device(device: object) -> Device:
-    """The lane on a device, under its full name; raises InputError where it does not exist here."""
-    lane = device if isinstance(device, Device) else Device(str(device))
-    return dataclasses.replace(lane, name=_full_name(lane.name))
+def check_lane(device: object) -> Device:
+    """A lane, from a device or its name; raises InputError where that does not exist here."""
+    if isinstance(device, Device):
+        return dataclasses.replace(device, name=check_device(device.name))
+    return Device(check_device(device))
 
 
-def _full_name(device: str) -> str:
+def check_device(device: object) -> str:
+    """The device's full name; raises InputError where it does not exist here."""
     try:
-        found = torch.device(device)
+        found = torch.device(str(device))
     except RuntimeError as error:
         raise InputError(f"{device!r} is not a device; write 'cpu' or 'cuda:0'") from error
     if found.type == "cuda":

@@ -21,7 +21,7 @@ LAYERS: tuple[set[str], ...] = (
     {"graph", "objectives", "passes", "randomness", "signals"},
     {"stage", "work"},
     {"executors"},
-    {"options", "pipeline", "states", "fitting"},
+    {"options", "pipeline", "states", "fitting", "carry", "replanning"},
     {"api", "decoupled"},
     {"__init__"},
     {"integrations"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -14,8 +14,8 @@ from autodecouple.objectives.objective import Objective
 from autodecouple.passes.measure import HeadCost, head_cost
 from autodecouple.plans import TensorSpec
 
-Amounts = Mapping[str, tuple[int, tuple[tuple[int, int], ...]]]
-"""By node: what its forward costs, and (threshold, amount) pairs of its backward, as in `Measure`."""
+Amount = tuple[int, tuple[tuple[int, int], ...]]
+"""Of a node: what its forward costs, and (threshold, amount) pairs of its backward, as in `Measure`."""
 
 
 class HeadPrice(Protocol):
@@ -32,6 +32,7 @@ class Charge:
     head:         the same of heads; criterion: of the loss on the last stage
     speed:        of the lane, relative to the others
     memory_limit: bytes that a stage there may take
+    updates:      part of the forward of some nodes, by their names: what the optimizer takes
     """
 
     graph: Graph
@@ -39,15 +40,16 @@ class Charge:
     criterion: int = 0
     speed: float = 1.0
     memory_limit: int | None = None
+    updates: Mapping[str, int] = field(default_factory=dict)
 
     def limit(self, other: int | None) -> int | None:
         """The tighter of the lane's limit and another one."""
         return min((limit for limit in (self.memory_limit, other) if limit is not None), default=None)
 
 
-def charged(graph: Graph, amounts: Amounts) -> Graph:
+def charged(graph: Graph, amounts: Mapping[str, Amount]) -> Graph:
     """The graph with other costs than FLOPs; nodes that `amounts` leaves out cost nothing."""
-    nothing: tuple[int, tuple[tuple[int, int], ...]] = (0, ())
+    nothing: Amount = (0, ())
     measures = {}
     for name, measure in graph.measures.items():
         forward, backward = amounts.get(name, nothing)

@@ -25,7 +25,7 @@ from autodecouple.passes.codegen import rehome_graph
 from autodecouple.passes.measure import HeadCost, head_cost
 from autodecouple.passes.measuring import blocks
 from autodecouple.passes.measuring.blocks import Block
-from autodecouple.passes.measuring.charges import Amounts
+from autodecouple.passes.measuring.charges import Amount
 from autodecouple.passes.measuring.clock import Clock, medians
 from autodecouple.passes.measuring.entering import entering, random_like
 from autodecouple.passes.verifying.snapshot import preserved, seeded
@@ -54,7 +54,7 @@ class Bench:
             torch.set_num_threads(threads)
 
 
-def time_nodes(graph: Graph, ends: Sequence[int], bench: Bench, example: Sequence[Any] = ()) -> Amounts:
+def time_nodes(graph: Graph, ends: Sequence[int], bench: Bench, example: Sequence[Any] = ()) -> dict[str, Amount]:
     """Nanoseconds of each block, written to the account of its last node.
 
     ends:    positions after which a cut is legal: a block lies between two of them
@@ -85,9 +85,9 @@ class _Walk:
         self.last_use = {n: max((positions.get(u, -1) for u in n.users), default=-1) for n in graph.train.graph.nodes}
         self.known: dict[str, tuple[int, int]] = {}  # by the signature of the block
 
-    def run(self, ends: Sequence[int]) -> Amounts:
+    def run(self, ends: Sequence[int]) -> dict[str, Amount]:
         overhead = self._overhead()
-        amounts: dict[str, tuple[int, tuple[tuple[int, int], ...]]] = {}
+        amounts: dict[str, Amount] = {}
         for block in blocks.split(self.graph, ends):
             forward, backward = (max(0, a - b) for a, b in zip(self._block(block), overhead, strict=True))
             amounts[block.nodes[-1].name] = forward, apportion(self.graph, block, backward)
