@@ -14,7 +14,7 @@ from torch import Tensor
 from autodecouple.objectives.objective import Objective
 from autodecouple.passes.candidates import Candidate
 from autodecouple.passes.measure import HeadCost, head_cost
-from autodecouple.passes.measuring.pricing import Pricing
+from autodecouple.passes.measuring.charges import HeadPrice
 from autodecouple.passes.measuring.stage_memory import HeadMemory
 from autodecouple.plans import TensorSpec
 
@@ -46,16 +46,25 @@ class HeadRuns:
 class HeadCosts:
     """Asks for each head once: heads that read the same shapes cost the same."""
 
-    def __init__(self, legal: Sequence[Candidate], signal: TensorSpec, pricing: Pricing) -> None:
+    def __init__(self, legal: Sequence[Candidate], signal: TensorSpec, price: HeadPrice = head_cost) -> None:
         self.legal = legal
         self.starts = [0, *(candidate.position + 1 for candidate in legal)]
         self.signal = signal
-        self.pricing = pricing
-        self._known: dict[Any, tuple[HeadCost, int]] = {}
+        self.price = price
+        self._known: dict[Any, HeadCost] = {}
 
     def cost(self, end: int, start: int, objective: Objective) -> HeadCost:
         """Of the objective's head on what it reads at a legal cut, in a stage that begins at a position."""
-        return self._cost(end, start, objective)[0]
+        if objective.name == "bp":
+            return HeadCost(0, 0, 0)
+        cut = self.legal[end].cut
+        assert cut is not None
+        specs = [cut.spec(name) for name in self.legal[end].features(start)]
+        key = id(objective), *((spec.shape, spec.dtype, spec.batch_dim) for spec in specs)
+        if key not in self._known:
+            features = [dataclasses.replace(spec, name="features") for spec in specs]
+            self._known[key] = self.price(objective, features, self.signal)
+        return self._known[key]
 
     def runs(self, objective: Objective) -> HeadRuns:
         """The heads at every legal cut."""
@@ -69,20 +78,7 @@ class HeadCosts:
         thresholds = sorted({threshold for _, threshold in reads[1:] if threshold >= 0}, reverse=True)
         for start, following in zip((2**62, *thresholds), (*thresholds, -1), strict=True):
             first = bisect_right(self.starts, following)
-            cost, price = self._cost(end, start, objective)
+            cost = self.cost(end, start, objective)
             if first <= last:
-                yield end, first, last, price, cost.parameter_bytes, cost.largest_bytes, cost.peak_bytes
+                yield end, first, last, cost.flops, cost.parameter_bytes, cost.largest_bytes, cost.peak_bytes
             last = min(last, first - 1)
-
-    def _cost(self, end: int, start: int, objective: Objective) -> tuple[HeadCost, int]:
-        if objective.name == "bp":
-            return HeadCost(0, 0, 0), 0
-        cut = self.legal[end].cut
-        assert cut is not None
-        specs = [cut.spec(name) for name in self.legal[end].features(start)]
-        key = id(objective), *((spec.shape, spec.dtype, spec.batch_dim) for spec in specs)
-        if key not in self._known:
-            features = [dataclasses.replace(spec, name="features") for spec in specs]
-            cost = head_cost(objective, features, self.signal)
-            self._known[key] = cost, self.pricing.head(objective, features)
-        return self._known[key]

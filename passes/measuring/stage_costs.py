@@ -15,11 +15,11 @@ from autodecouple.graph import Graph
 from autodecouple.objectives.objective import Objective
 from autodecouple.passes.candidates import Candidate
 from autodecouple.passes.measure import HeadCost
+from autodecouple.passes.measuring.charges import Charge
 from autodecouple.passes.measuring.extents import Extents
 from autodecouple.passes.measuring.head_costs import HeadCosts, HeadRuns
 from autodecouple.passes.measuring.lifetimes import Lifetimes
 from autodecouple.passes.measuring.memory import MemoryWalk
-from autodecouple.passes.measuring.pricing import Pricing, by_flops
 from autodecouple.passes.measuring.stage_memory import OPTIMIZER_STATES, HeadMemory
 from autodecouple.passes.partitioning.runs import StageRuns
 from autodecouple.passes.partitioning.sums import RunSums
@@ -30,25 +30,26 @@ Kind = tuple[bool, bool, int | None]
 
 
 class StageCosts:
-    """FLOPs and bytes of the stages that the legal cuts allow, linear in the nodes.
+    """Costs and bytes of the stages that the legal cuts allow, linear in the nodes.
 
     Ends are the legal cuts, then the model's end; starts are the model's beginning, then the place after each legal
     cut. Between two of them lies a segment: a stage from start b to end e holds the segments from b to e.
 
-    pricing: what the partition balances; None is FLOPs
+    charge: what costs are counted in; None is FLOPs. Its speed and memory limit do not count here
     """
 
-    def __init__(self, graph: Graph, legal: Sequence[Candidate], pricing: Pricing | None = None) -> None:
+    def __init__(self, graph: Graph, legal: Sequence[Candidate], charge: Charge | None = None) -> None:
         self.graph = graph
         self.legal = legal
-        self.pricing = pricing or by_flops(graph)
+        self.charge = charge or Charge(graph)
         self.cuts: list[Cut] = [candidate.cut for candidate in legal if candidate.cut is not None]
         self.nodes = graph.operations
         self.starts = [0, *(candidate.position + 1 for candidate in legal)]
         self.ends = [*(candidate.position for candidate in legal), len(self.nodes) - 1]
-        self.heads = HeadCosts(legal, graph.signal, self.pricing)
+        self.heads = HeadCosts(legal, graph.signal, self.charge.head)
         self._walks: dict[tuple[bool, bool], MemoryWalk] = {}  # by whether start and end are coupled
         self._head_runs: dict[int, HeadRuns] = {}  # by the objective's id
+        self._runs: dict[Kind, StageRuns] = {}
 
     @cached_property
     def first_uses(self) -> dict[int, list[Tensor]]:
@@ -79,26 +80,23 @@ class StageCosts:
         coupled = [False, *(objective.name == "bp" for objective in objectives), False]
         return coupled[stage], coupled[stage + 1], id(objectives[stage]) if stage < len(objectives) else None
 
-    def all_runs(self, count: int, objectives: Sequence[Objective]) -> list[StageRuns]:
-        """Those of every stage number; equal ones are one object."""
-        known: dict[tuple[Kind, int], StageRuns] = {}
-        keys = [(self.kind(stage, objectives), self.pricing.slowness_of(stage)) for stage in range(count)]
-        for stage, key in enumerate(keys):
-            if key not in known:
-                known[key] = self.runs(stage, objectives)
-        return [known[key] for key in keys]
-
     def runs(self, stage: int, objectives: Sequence[Objective]) -> StageRuns:
         """The stages that may be stage number `stage`: those that train something which their head sees."""
-        sums, slowness = self._sums[self.kind(stage, objectives)[0]], self.pricing.slowness_of(stage)
+        kind = self.kind(stage, objectives)
+        if kind not in self._runs:
+            self._runs[kind] = self._allowed(stage, objectives)
+        return self._runs[kind]
+
+    def _allowed(self, stage: int, objectives: Sequence[Objective]) -> StageRuns:
+        sums = self._sums[self.kind(stage, objectives)[0]]
         if stage == len(objectives):
-            end, nothing = torch.tensor([len(self.legal)]), torch.tensor([0])
-            runs = StageRuns(sums, end, nothing, self._last_starts[end], nothing, slowness)
+            end, start, head = torch.tensor([[len(self.legal)], [0], [self.charge.criterion]])
+            runs = StageRuns(sums, end, start, self._last_starts[end], head)
         else:
             heads, blind = self._heads(objectives[stage]), objectives[stage].name != "bp"
             first = torch.maximum(heads.first, self._seen[heads.end]) if blind else heads.first
             last = torch.minimum(heads.last, self._last_starts[heads.end])
-            runs = StageRuns(sums, heads.end, first, last, heads.price, slowness)
+            runs = StageRuns(sums, heads.end, first, last, heads.price)
         return runs.where(runs.first <= runs.last)
 
     @cached_property
@@ -108,7 +106,7 @@ class StageCosts:
         The backward of what a threshold lies behind is spent by stages that begin early enough to hold the parameter
         behind that input; after a coupled cut always.
         """
-        prices = [self.pricing.node(node) for node in self.nodes]
+        prices = [self.charge.amount(node.name) for node in self.nodes]
         forward = torch.tensor([price for price, _ in prices])
         terms = [(threshold, position, p) for position, (_, ts) in enumerate(prices) for threshold, p in ts if p]
         threshold, position, backward = torch.tensor(terms, dtype=torch.int64).reshape(-1, 3).T.contiguous()
@@ -221,8 +219,8 @@ class StageCosts:
 
     def _node_flops(self, position: int, start: int) -> tuple[int, int]:
         """FLOPs forward and backward of one node in a stage that begins at `start`; -1 asks for every gradient."""
-        measure = self.graph.measures[self.nodes[position].name]
-        return measure.forward_flops, sum(flops for threshold, flops in measure.backward_flops if threshold >= start)
+        forward, backward = self.charge.amount(self.nodes[position].name)
+        return forward, sum(flops for threshold, flops in backward if threshold >= start)
 
 
 def _num_bytes(tensor: Tensor) -> int:

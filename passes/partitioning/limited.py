@@ -17,7 +17,10 @@ SLACKS = (101, 105, 125, 200)
 
 
 class Limited:
-    """The stages that take no more than `limit` bytes, with all that `Columns` asks for."""
+    """The stages that take no more bytes than they may, with all that `Columns` asks for.
+
+    limits: bytes that each stage may take, None for no limit
+    """
 
     def __init__(
         self,
@@ -25,13 +28,13 @@ class Limited:
         stages: Sequence[StageRuns],
         objectives: Sequence[Objective],
         preference: Sequence[int],
-        limit: int,
+        limits: Sequence[int | None],
     ) -> None:
         self.costs = costs
         self.stages = stages
         self.objectives = objectives
         self.preference = preference
-        self.limit = limit
+        self.limits = limits
 
     @property
     def num_stages(self) -> int:
@@ -40,20 +43,20 @@ class Limited:
     def column(self, start: int, bound: int) -> Tensor:
         """(stages, ends) costs of the stages from one start; those that cost more than `bound` may be FORBIDDEN."""
         stop = max(runs.reach(start, bound) for runs in self.stages)
-        known: dict[tuple[Kind, int], Tensor] = {}
-        for stage, runs in enumerate(self.stages):
-            key = self.costs.kind(stage, self.objectives), id(runs)
+        known: dict[tuple[Kind, int, int | None], Tensor] = {}
+        keys = [(self.costs.kind(k, self.objectives), id(r), self.limits[k]) for k, r in enumerate(self.stages)]
+        for stage, key in enumerate(keys):
             if key not in known:
                 known[key] = self._column(stage, start, stop, bound)
-        return torch.stack([known[self.costs.kind(k, self.objectives), id(r)] for k, r in enumerate(self.stages)])
+        return torch.stack([known[key] for key in keys])
 
     def _column(self, stage: int, start: int, stop: int, bound: int) -> Tensor:
-        costs = self.stages[stage].costs_from(start, stop)
+        costs, limit = self.stages[stage].costs_from(start, stop), self.limits[stage]
         cheap = (costs <= bound).nonzero()[:, 0]
-        if len(cheap):
+        if len(cheap) and limit is not None:
             first, last = int(cheap[0]), int(cheap[-1])
             needs = self.costs.needs(stage, self.objectives, start, (start + first, start + last))
-            costs[first : last + 1][needs > self.limit] = FORBIDDEN
+            costs[first : last + 1][needs > limit] = FORBIDDEN
         return costs
 
 
@@ -62,5 +65,5 @@ def minimise_within(stages: Limited, fastest: int) -> tuple[int, ...] | None:
 
     fastest: cost of the slowest stage without a limit
     """
-    bounds = [*(fastest * slack // 100 for slack in SLACKS), FORBIDDEN - 1]
+    bounds = [*(min(fastest * slack // 100, FORBIDDEN - 1) for slack in SLACKS), FORBIDDEN - 1]
     return next((cuts for bound in bounds if (cuts := minimise_slowest(stages, bound)) is not None), None)

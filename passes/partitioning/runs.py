@@ -10,7 +10,7 @@ which rises, the minimum lies where the two cross; in the second the starts that
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,6 +43,16 @@ class StageRuns:
     def where(self, rows: Tensor) -> StageRuns:
         """With these rows only, given as a mask."""
         return StageRuns(self.sums, self.end[rows], self.first[rows], self.last[rows], self.head[rows], self.slowness)
+
+    def slowed(self, slowness: int) -> StageRuns:
+        """The same stages on a slower lane."""
+        return replace(self, slowness=slowness)
+
+    @property
+    def dearest(self) -> int:
+        """No stage costs more than this, without its slowness."""
+        head = int(self.head.max()) if len(self.head) else 0
+        return self.sums.sum(0, self.sums.num_segments - 1) + head
 
     def holds(self, start: int, end: int) -> bool:
         """Whether this stage is allowed."""
