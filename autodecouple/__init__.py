@@ -14,6 +14,7 @@ from autodecouple._version import __version__
 if TYPE_CHECKING:
     from autodecouple.api import capture, compile, plan, simulate
     from autodecouple.decoupled import Decoupled
+    from autodecouple.devices import Device
     from autodecouple.objectives import DeInfoReg, EarlyExit, SupCon
     from autodecouple.plans import Plan
     from autodecouple.timeline import Timeline
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DeInfoReg",
     "Decoupled",
+    "Device",
     "EarlyExit",
     "Plan",
     "SupCon",
@@ -36,6 +38,7 @@ __all__ = [
 _HOMES = {
     "api": ("capture", "compile", "plan", "simulate"),
     "decoupled": ("Decoupled",),
+    "devices": ("Device",),
     "objectives": ("DeInfoReg", "EarlyExit", "SupCon"),
     "plans": ("Plan",),
     "timeline": ("Timeline",),

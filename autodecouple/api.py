@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from autodecouple import schedules, simulator
-from autodecouple.cost import Cost, FlopCost, measured
+from autodecouple.cost import Cost, measured, predicted
 from autodecouple.decoupled import Decoupled
 from autodecouple.graph import Graph
 from autodecouple.options import (
@@ -76,10 +76,11 @@ def compile(
                     output is (N, T, V), say
     criterion:      (output, target) -> scalar loss of the last stage; None is cross-entropy on the logits
     optimizer:      parameters -> optimizer, called once per stage; scheduler: optimizer -> scheduler, stepped with it
-    devices:        one entry per lane; None is every visible GPU, or else one CPU lane per core; under torchrun one
-                    per process
+    devices:        one entry per lane, a name or a Device; None is every visible GPU, or else one CPU lane per core;
+                    under torchrun one per process
     plan:           a plan to build instead of deciding one; schedule: a name or a value from autodecouple.schedules
-    cost:           what balances the stages: "flops" of a training step
+    cost:           what balances the stages: "flops" of a training step, or the seconds that its parts take, "measured"
+                    on the devices: the model then runs, and is afterwards as it was
     cut_at:         nodes or modules after which to cut; no_split: modules, or classes of them, never cut inside
     memory_limit:   bytes that a stage may take
     tied:           a parameter under several names holds its uses "together" in one stage; "untie" makes one for each
@@ -159,7 +160,7 @@ def plan(
     )
     how: dict[str, Any] = {"example_target": example_target, "mode": mode, "dynamic": dynamic}
     with _captured(model, example_inputs, tied, **how) as graph:
-        return decide(graph, find_cuts(graph), wish)
+        return decide(graph, find_cuts(graph), wish, None if isinstance(model, Graph) else example_inputs)
 
 
 @contextlib.contextmanager
@@ -179,11 +180,12 @@ def simulate(
 ) -> Timeline:
     """Predict the timeline of a stream of batches.
 
-    cost: seconds per action; a measured Timeline gives its medians; None is FLOPs at 1e12 per second and free links
+    cost: seconds per action; a measured Timeline gives its medians; None is what the plan holds: seconds of stages and
+          links where it was made with cost="measured", else FLOPs at 1e12 per second and free links
     """
     found = schedules.resolve(schedule)
     if cost is None:
-        cost = FlopCost(plan, found.num_micro_batches)
+        cost = predicted(plan, found.num_micro_batches)
     elif isinstance(cost, Timeline):
         cost = measured(cost)
     return simulator.run(plan, found, cost, batches)

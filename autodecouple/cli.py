@@ -56,10 +56,12 @@ _wishes = options(
     click.option("--devices", help="Lanes, as cuda:0,cuda:1 or cpu,cpu; by default all there are."),
     click.option("--cut-at", multiple=True, metavar="NAME", help="Cut after this node or module; repeat for each cut."),
     click.option("--no-split", multiple=True, metavar="NAME", help="Never cut inside this module or class."),
+    click.option("--cost", type=click.Choice(["flops", "measured"]), default="flops", show_default=True,
+                 help="Balance FLOPs, or seconds: the model then runs on the devices, with its weights."),
     click.option(
         "--max-memory", type=Parsed("bytes", targets.parse_bytes), help="Largest memory of a stage, as 4GiB or 500MB."
     ),
-)
+)  # fmt: skip
 
 
 @click.group(cls=ErrorGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -172,7 +174,7 @@ def doctor(as_json: bool) -> None:
 def _plan(target: str, **wishes: Any) -> Plan:
     if not wishes["inputs"]:
         raise click.UsageError("a model needs --input SHAPE; only a PLAN.json does without")
-    model, api = _load(target)
+    model, api = _load(target, weightless=wishes["cost"] == "flops")
     with busy("planning"), _given(wishes["inputs"]):
         plan: Plan = api.plan(model, **_arguments(**wishes))
     return plan

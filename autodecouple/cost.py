@@ -27,7 +27,7 @@ class Cost(Protocol):
 class FlopCost:
     """Time is FLOPs over a speed and bytes over a link; a relative measure where the real speed is unknown.
 
-    flops_per_second: of every lane          bytes_per_second, latency (seconds): of every link between lanes
+    flops_per_second: of a lane of speed 1   bytes_per_second, latency (seconds): of every link between lanes
     num_micro_batches must be the schedule's. UPDATE takes no time: it moves bytes rather than computing, and a plan's
     stages are balanced without it, so that streaming tends to exactly `Plan.speedup`.
     """
@@ -47,10 +47,42 @@ class FlopCost:
         stage = self.plan.stages[action.stage]
         flops = {Op.FORWARD: stage.forward_flops, Op.LOSS: stage.head_flops, Op.BACKWARD: stage.backward_flops}
         slices = 1 if action.micro_batch is None else self.num_micro_batches
-        return flops.get(action.op, 0) / slices / self.flops_per_second
+        return flops.get(action.op, 0) / slices / (self.flops_per_second * stage.speed)
 
     def transfer(self, cut: int) -> float:
         return self.latency + self.plan.cuts[cut].num_bytes / self.num_micro_batches / self.bytes_per_second
+
+
+@dataclass(frozen=True)
+class TimedCost:
+    """The seconds that a plan holds, of stages and of links; a micro-batch takes its share of them.
+
+    num_micro_batches must be the schedule's. Raises InputError for a plan whose stages were not timed.
+    """
+
+    plan: Plan
+    num_micro_batches: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.plan.is_timed:
+            raise InputError('the plan holds no seconds: make it with plan(..., cost="measured")')
+
+    def seconds(self, action: Action) -> float:
+        stage = self.plan.stages[action.stage]
+        found = {Op.FORWARD: stage.forward_seconds, Op.LOSS: stage.head_seconds, Op.BACKWARD: stage.backward_seconds}
+        slices = 1 if action.micro_batch is None else self.num_micro_batches
+        return (found.get(action.op, stage.update_seconds) or 0.0) / slices
+
+    def transfer(self, cut: int) -> float:
+        lane = self.plan.stages[cut].lane
+        if lane >= len(self.plan.links):
+            return 0.0
+        return self.plan.links[lane].seconds(self.plan.cuts[cut].num_bytes / self.num_micro_batches)
+
+
+def predicted(plan: Plan, num_micro_batches: int) -> Cost:
+    """The best that the plan itself tells: its seconds where it was timed, else its FLOPs at 1e12 per second."""
+    return TimedCost(plan, num_micro_batches) if plan.is_timed else FlopCost(plan, num_micro_batches)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
-from autodecouple import checkpoints, fitting, states
+from autodecouple import checkpoints, fitting, replanning, states
 from autodecouple.errors import CheckpointError, ClosedError, InputError
 from autodecouple.executors import Step
 from autodecouple.fitting import Epoch
@@ -130,6 +130,23 @@ class Decoupled:
         checkpoint: folder to save to after each epoch, in the background
         """
         return fitting.fit(self, loader, epochs, validation, checkpoint, progress)
+
+    def replan(self, n_stages: int | None = None, *, min_gain: float = 0.03) -> Plan:
+        """Balance the stages anew by what they have taken so far, and go on training exactly where this stands.
+
+        n_stages: another number of stages; None keeps theirs, and then changes nothing unless the slowest lane takes
+                  less time by `min_gain`, a share of what it takes: the plan that is returned is then the old one
+        Weights, buffers, the states of optimizers (which are new objects) and schedulers go over by parameter; heads
+        whose cut stays are kept, others begin anew. `cut_at` and `plan` no longer count, `no_split` and limits of
+        memory do. Raises InputError, and changes nothing, before the first batch and under torchrun.
+        """
+        self._gather()
+        if self._closed:
+            raise ClosedError("the pipeline was closed; compile the model again")
+        if (pipeline := replanning.replan(self._compiled, n_stages, min_gain)) is not None:
+            self._finalizer.detach()
+            self._attach(pipeline)
+        return self.plan
 
     def evaluate(self, loader: Iterable[Any]) -> dict[str, float]:
         """Mean criterion loss, and accuracy where the output is (N, C) and the target (N,), in evaluation mode."""

@@ -141,8 +141,7 @@ class Graph:
     def _uses(self) -> Mapping[str, list[int]]:
         positions = {node: i for i, node in enumerate(self.operations)}
         uses: dict[str, list[int]] = {}
-        for node in self.train.graph.find_nodes(op="get_attr"):
-            value = attribute(self.train, node)
+        for node, value in self.owned.items():
             if isinstance(value, nn.Parameter) and value.requires_grad:
                 name = self.parameter_name(node)
                 uses.setdefault(name, []).extend(positions[user] for user in node.users if user in positions)
@@ -150,20 +149,24 @@ class Graph:
 
     def parameter_name(self, node: fx.Node) -> str:
         """The name that stands for the tensor of a get_attr node: the first of those that a tied one has here."""
-        return self._names.get(id(attribute(self.train, node)), str(node.target))
+        return self._names.get(id(self.owned[node]), str(node.target))
 
     @functools.cached_property
     def _names(self) -> dict[int, str]:
         names: dict[int, str] = {}
-        for node in self.train.graph.find_nodes(op="get_attr"):
-            names.setdefault(id(attribute(self.train, node)), str(node.target))
+        for node, value in self.owned.items():
+            names.setdefault(id(value), str(node.target))
         return names
+
+    @functools.cached_property
+    def owned(self) -> Mapping[fx.Node, Any]:
+        """The parameters, buffers and constants by the get_attr nodes that name them."""
+        return {node: attribute(self.train, node) for node in self.train.graph.find_nodes(op="get_attr")}
 
     @functools.cached_property
     def trained(self) -> frozenset[str]:
         """Names of the trainable parameters to which a gradient of the outputs comes back."""
-        nodes = self.train.graph.find_nodes(op="get_attr")
-        return frozenset(self.parameter_name(node) for node in nodes if self.measures[node.name].in_loss)
+        return frozenset(self.parameter_name(node) for node in self.owned if self.measures[node.name].in_loss)
 
 
 def operations(graph: fx.Graph) -> list[fx.Node]:

@@ -10,15 +10,19 @@ import torch
 from torch import nn
 
 from autodecouple import objectives, schedules
+from autodecouple.devices import Device
 from autodecouple.errors import InputError, PlanError
 from autodecouple.executors import EXECUTORS
 from autodecouple.executors.world import one_lane_per_rank, world_size
 from autodecouple.objectives import Objective
 from autodecouple.passes.partition import check_n_stages
-from autodecouple.passes.place import check_device, default_devices
+from autodecouple.passes.place import check_lane, default_devices
 from autodecouple.plans import Plan
 from autodecouple.schedules import GPipe, OneFOneB, Schedule, Sequential
 from autodecouple.stage import Training
+
+COSTS = ("flops", "measured")
+"""What may balance the stages."""
 
 Loss = str | Objective | Sequence[str | Objective]
 
@@ -51,12 +55,13 @@ class Wish:
 
     n_stages: int
     objectives: tuple[Objective, ...]
-    devices: tuple[str, ...]
+    devices: tuple[Device, ...]
     cut_at: tuple[str, ...] = ()
     memory_limit: int | None = None
     no_split: tuple[str, ...] = ()
     detach_classifier: bool | str = False
     plan: Plan | None = None
+    cost: str = "flops"
 
     @staticmethod
     def checked(
@@ -72,25 +77,25 @@ class Wish:
         plan: Plan | None = None,
     ) -> Wish:
         """Raises InputError, PartitionError or PlanError for what can be refused without the model."""
-        if cost != "flops":
-            raise InputError(f"cost={cost!r} is not known; there is: 'flops'")
+        if cost not in COSTS:
+            raise InputError(f"cost={cost!r} is not known; there are: {', '.join(map(repr, COSTS))}")
         for field, names in (("cut_at", cut_at), ("no_split", no_split)):
             if isinstance(names, str):
                 raise InputError(f"{field}={names!r} is a string; pass a list of names: [{names!r}]")
         if plan is not None and not isinstance(plan, Plan):
             raise PlanError(f"plan={plan!r} is no Plan; read JSON with Plan.from_json(text)")
-        names = tuple(default_devices() if devices is None else map(check_device, devices))
-        if not names:
+        lanes = tuple(map(check_lane, default_devices() if devices is None else devices))
+        if not lanes:
             raise InputError('devices is empty; name at least one lane, like devices=["cpu"]')
         if n_stages is None:
             given = plan is not None or cut_at
-            n_stages = (len(plan.stages) if plan is not None else len(cut_at) + 1) if given else len(names)
+            n_stages = (len(plan.stages) if plan is not None else len(cut_at) + 1) if given else len(lanes)
         check_n_stages(n_stages)
         if plan is not None and len(plan.stages) != n_stages:
             raise PlanError(f"the plan has {len(plan.stages)} stages, but n_stages={n_stages}")
         hidden = n_stages if detach_classifier and plan is None else n_stages - 1
         found = objectives.resolve(loss, hidden)
-        return Wish(n_stages, found, names, tuple(cut_at), memory_limit, tuple(no_split), detach_classifier, plan)
+        return Wish(n_stages, found, lanes, tuple(cut_at), memory_limit, tuple(no_split), detach_classifier, plan, cost)
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from autodecouple.devices import Device
 from autodecouple.errors import InputError, PlanError
 from autodecouple.executors import EXECUTORS, Executor
 from autodecouple.executors.executor import Programs
@@ -23,10 +25,19 @@ from autodecouple.passes import verify
 from autodecouple.passes.candidates import Candidate, find_cuts, keep_whole
 from autodecouple.passes.capturing.bind import bind
 from autodecouple.passes.capturing.tied import Untied, untie
+from autodecouple.passes.charge import (
+    charge_flops,
+    charge_nanoseconds,
+    lane_costs,
+    per_stage,
+    time_links,
+    with_seconds,
+)
 from autodecouple.passes.codegen import StageCode, emit_stages
 from autodecouple.passes.inference import emit_inference
 from autodecouple.passes.insert import drawn_in_kernels, insert_heads
 from autodecouple.passes.measure import annotate
+from autodecouple.passes.measuring.charges import Charge
 from autodecouple.passes.partition import choose_cuts, find_classifier
 from autodecouple.passes.place import assign_lanes
 from autodecouple.passes.trace import capture
@@ -70,24 +81,47 @@ def note_untied(graph: Graph, parted: Untied) -> Graph:
     return dataclasses.replace(graph, warnings=(*graph.warnings, parted.tie_unused(used).note))
 
 
-def decide(graph: Graph, candidates: tuple[Candidate, ...], wish: Wish) -> Plan:
-    """The plan: cuts, then lanes, then what the user should know about it."""
+def decide(graph: Graph, candidates: tuple[Candidate, ...], wish: Wish, example_inputs: Any = None) -> Plan:
+    """The plan: cuts, then lanes, then what the user should know about it.
+
+    example_inputs: where costs are measured the model runs on these; None is random ones of the example's sizes
+    """
     candidates = keep_whole(graph, candidates, wish.no_split) if wish.no_split else candidates
-    if wish.plan is not None:
-        plan = _fit(wish.plan, graph, candidates, wish)
+    if wish.cost == "flops":
+        plan = arrange(graph, candidates, wish, charge_flops(graph, lanes_of(wish)))
     else:
-        classifier = find_classifier(graph, candidates, wish.detach_classifier) if wish.detach_classifier else None
-        plan = choose_cuts(
-            graph,
-            candidates,
-            wish.n_stages,
-            wish.objectives,
-            cut_at=wish.cut_at,
-            memory_limit=wish.memory_limit,
-            classifier=classifier,
-        )
-        plan = assign_lanes(plan, wish.devices, glued=(wish.n_stages,) if classifier else ())
+        example = () if example_inputs is None else bind(graph, example_inputs)
+        charges = charge_nanoseconds(graph, candidates, lanes_of(wish), example)
+        plan = with_seconds(arrange(graph, candidates, wish, charges), charges, wish.objectives)
+        plan = dataclasses.replace(plan, links=time_links(lanes_of(wish)))
     return dataclasses.replace(plan, warnings=(*plan.warnings, *_warnings(graph, plan)))
+
+
+def lanes_of(wish: Wish) -> tuple[Device, ...]:
+    """The lanes that will have a stage: those of the given plan, or as many as there are stages at most."""
+    if wish.plan is None:
+        return wish.devices[: wish.n_stages]
+    first = [wish.plan.stages[lane[0]] for lane in wish.plan.lanes if lane]
+    return tuple(Device(stage.device, stage.speed) for stage in first)
+
+
+def arrange(graph: Graph, candidates: tuple[Candidate, ...], wish: Wish, charges: Sequence[Charge]) -> Plan:
+    """Cuts and lanes at these charges, one per lane; of a given plan they are as they stand there."""
+    if wish.plan is not None:
+        return _fit(wish.plan, graph, candidates, wish)
+    classifier = find_classifier(graph, candidates, wish.detach_classifier) if wish.detach_classifier else None
+    plan = choose_cuts(
+        graph,
+        candidates,
+        wish.n_stages,
+        wish.objectives,
+        cut_at=wish.cut_at,
+        memory_limit=wish.memory_limit,
+        classifier=classifier,
+        charges=per_stage(charges, wish.n_stages, wish.n_stages + (classifier is not None)),
+    )
+    costs = lane_costs(plan, charges, wish.objectives)
+    return assign_lanes(plan, wish.devices, glued=(wish.n_stages,) if classifier else (), costs=costs)
 
 
 def _fit(plan: Plan, graph: Graph, candidates: tuple[Candidate, ...], wish: Wish) -> Plan:
@@ -108,8 +142,17 @@ def _fit(plan: Plan, graph: Graph, candidates: tuple[Candidate, ...], wish: Wish
     places = [(stage.lane, stage.device) for stage in plan.stages]
     if any(b[0] - a[0] not in (0, 1) for a, b in itertools.pairwise([(0, ""), *places])):
         raise PlanError(f"lanes must hold contiguous stages, counted from 0, but are {[lane for lane, _ in places]}")
-    stages = [dataclasses.replace(s, lane=lane, device=d) for s, (lane, d) in zip(fitted.stages, places, strict=True)]
-    return dataclasses.replace(fitted, stages=tuple(stages))
+    kept = _PLACED if [s.nodes for s in plan.stages] != [s.nodes for s in fitted.stages] else (*_PLACED, *_TIMED)
+    stages = tuple(
+        dataclasses.replace(stage, **{name: getattr(given, name) for name in kept})
+        for stage, given in zip(fitted.stages, plan.stages, strict=True)
+    )
+    return dataclasses.replace(fitted, stages=stages, links=plan.links)
+
+
+_PLACED = ("lane", "device", "speed")
+_TIMED = ("forward_seconds", "backward_seconds", "head_seconds", "update_seconds")
+"""What a plan with the same stages was given: nothing else tells."""
 
 
 def _warnings(graph: Graph, plan: Plan) -> list[str]:
@@ -124,7 +167,7 @@ def _warnings(graph: Graph, plan: Plan) -> list[str]:
         )
     if len(plan.lanes) > 1 and plan.balance < 0.5:
         slow = plan.bottleneck
-        notes.append(f"stage {slow.index} takes {slow.flops / sum(s.flops for s in plan.stages):.0%} of the work")
+        notes.append(f"stage {slow.index} takes {plan.costs[slow.index] / sum(plan.costs):.0%} of the work")
     return notes
 
 
@@ -191,7 +234,7 @@ class Pipeline:
 def build(model: nn.Module | Graph, example_inputs: Any, example_target: Any, options: Options) -> Pipeline:
     """Run every pass: trace, measure, candidates, partition, place, insert, codegen."""
     graph, candidates = analyse(model, example_inputs, example_target, options.capturing)
-    plan = decide(graph, candidates, options.wish)
+    plan = decide(graph, candidates, options.wish, example_inputs)
     verify.plan_fits(graph, plan)
     programs = Programs(plan, options.schedule, graph.smallest_batch)
     program = programs.full  # raises where the schedule does not suit the plan

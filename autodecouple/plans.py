@@ -110,11 +110,27 @@ class StageSpec:
     device: str = "cpu"
     modules: tuple[str, ...] = ()
     """The modules whose forward runs here, in order and none within another; empty where unknown."""
+    speed: float = 1.0
+    """Of its lane, relative to the others."""
+    forward_seconds: float | None = None
+    """As timed on its device, None where nothing was; so are the next two, and all or none of a plan."""
+    backward_seconds: float | None = None
+    head_seconds: float | None = None
+    """Forward and backward of the head; of the criterion on the last stage."""
+    update_seconds: float = 0.0
+    """Of the optimizer, where a run has shown it."""
 
     @property
     def flops(self) -> int:
         """Training FLOPs of one step: forward, backward and head."""
         return self.forward_flops + self.backward_flops + self.head_flops
+
+    @property
+    def seconds(self) -> float | None:
+        """Measured seconds of one training step, None where it was not timed."""
+        parts = (self.forward_seconds, self.backward_seconds, self.head_seconds)
+        timed = [part for part in parts if part is not None]
+        return math.fsum((*timed, self.update_seconds)) if len(timed) == len(parts) else None
 
     @property
     def memory_bytes(self) -> int:
@@ -127,6 +143,17 @@ class StageSpec:
 
 
 @dataclass(frozen=True)
+class Link:
+    """What lies between two neighbouring lanes, as measured: a transfer takes latency + bytes / bytes_per_second."""
+
+    bytes_per_second: float
+    latency_seconds: float = 0.0
+
+    def seconds(self, num_bytes: float) -> float:
+        return self.latency_seconds + num_bytes / self.bytes_per_second
+
+
+@dataclass(frozen=True)
 class Plan:
     """Stages in order and the cuts between them; a pure value that prints as a table and draws in a notebook."""
 
@@ -135,12 +162,28 @@ class Plan:
     model: str = ""
     inputs: tuple[TensorSpec, ...] = ()
     warnings: tuple[str, ...] = field(default=(), compare=False)
+    links: tuple[Link, ...] = ()
+    """From each lane to the next, where they were measured."""
 
     def __post_init__(self) -> None:
         if len(self.cuts) != len(self.stages) - 1:
             raise PlanError(
                 f"{len(self.stages)} stages need {len(self.stages) - 1} cuts, but the plan has {len(self.cuts)}"
             )
+        if len({stage.seconds is None for stage in self.stages}) > 1:
+            raise PlanError("some stages of the plan have seconds and others have none: give them to all, or to none")
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether every stage was timed: seconds then count instead of FLOPs."""
+        return all(stage.seconds is not None for stage in self.stages)
+
+    @property
+    def costs(self) -> tuple[float, ...]:
+        """What a training step of each stage takes: seconds where they were timed, else FLOPs over relative speed."""
+        if self.is_timed:
+            return tuple(stage.seconds or 0.0 for stage in self.stages)
+        return tuple(stage.flops / stage.speed for stage in self.stages)
 
     @property
     def balance(self) -> float:
@@ -150,8 +193,7 @@ class Plan:
     @property
     def speedup(self) -> float:
         """Total cost / slowest stage cost: what streaming over one lane per stage reaches."""
-        costs = [stage.flops for stage in self.stages]
-        return sum(costs) / max(costs) if max(costs) > 0 else 1.0
+        return sum(self.costs) / max(self.costs) if max(self.costs) > 0 else 1.0
 
     @property
     def lanes(self) -> tuple[tuple[int, ...], ...]:
@@ -162,7 +204,7 @@ class Plan:
     @property
     def bottleneck(self) -> StageSpec:
         """The slowest stage."""
-        return max(self.stages, key=lambda stage: stage.flops)
+        return self.stages[self.costs.index(max(self.costs))]
 
     def coupled_after(self, stage: int) -> bool:
         """Whether the gradient of the next stage comes back into this one."""
@@ -187,6 +229,7 @@ class Plan:
         data["stages"] = tuple(_build(StageSpec, s, f"stages[{i}]") for i, s in enumerate(data.get("stages", ())))
         data["cuts"] = tuple(_build(Cut, c, f"cuts[{i}]") for i, c in enumerate(data.get("cuts", ())))
         data["inputs"] = tuple(_build(TensorSpec, t, f"inputs[{i}]") for i, t in enumerate(data.get("inputs", ())))
+        data["links"] = tuple(_build(Link, t, f"links[{i}]") for i, t in enumerate(data.get("links", ())))
         plan = _build(Plan, data, "plan")
         assert isinstance(plan, Plan)
         return plan

@@ -27,6 +27,10 @@ LAST = "output"
 """Where the last stage's head lies, the criterion: the name of an fx graph's output, which no other node has."""
 
 
+class OtherCutsWarning(UserWarning):
+    """Some heads could not come back, since the cuts are others."""
+
+
 def collect(pipeline: Pipeline, step: int) -> dict[str, Any]:
     """The state after `step` batches, by names that do not depend on the cuts.
 
@@ -119,7 +123,7 @@ def _warn_of_others(pipeline: Pipeline, state: Mapping[str, Any], kept: Collecti
         parts = [f"the heads after {', '.join(new)} stay as compiled" if new else ""]
         parts += [f"those saved after {', '.join(dropped)} are left out" if dropped else ""]
         said = ", and ".join(filter(None, parts))
-        warnings.warn(f"the state was saved with other cuts: {said}", stacklevel=4)
+        warnings.warn(f"the state was saved with other cuts: {said}", OtherCutsWarning, stacklevel=4)
 
 
 # ---------------------------------------------------------------- whether a state fits
@@ -159,9 +163,13 @@ def _check_fit(pipeline: Pipeline, state: Mapping[str, Any]) -> frozenset[str]:
 
 
 def _common(mine: Plan, theirs: Plan) -> frozenset[str]:
-    """Places whose heads are the same: they lie at the same node and read the same values."""
-    heads = [{(cut.after, cut.features) for cut in plan.cuts if cut.detached} for plan in (mine, theirs)]
-    return frozenset(after for after, _ in heads[0] & heads[1]) | {LAST}
+    """Places whose heads are the same: they lie at the same node, read the same values and have the same objective."""
+    return frozenset(after for after, _, _ in _places(mine) & _places(theirs)) | {LAST}
+
+
+def _places(plan: Plan) -> set[tuple[str, tuple[str, ...], str]]:
+    pairs = zip(plan.cuts, plan.stages, strict=False)
+    return {(cut.after, cut.features, stage.objective) for cut, stage in pairs if cut.detached}
 
 
 def _check_optimizers(pipeline: Pipeline, state: Mapping[str, Any], kept: frozenset[str]) -> None:

@@ -78,15 +78,16 @@ def on_device(arguments: Any, device: torch.device) -> Any:
 
 def rehome(code: StageCode, device: torch.device) -> None:
     """Let the devices that tracing baked into a stage's body be this one."""
-    _rehome(code.body.graph, device)
+    rehome_graph(code.body.graph, device)
     code.body.recompile()
 
 
-def _rehome(graph: fx.Graph, device: torch.device) -> None:
+def rehome_graph(graph: fx.Graph, device: torch.device) -> None:
+    """The same for a graph; a module over it has to be compiled again."""
     for node in graph.nodes:
         node.args, node.kwargs = on_device(node.args, device), on_device(node.kwargs, device)
         for body in node.meta.get(BODIES, ()):
-            _rehome(body.graph, device)
+            rehome_graph(body.graph, device)
             body.recompile()
 
 
@@ -171,7 +172,7 @@ class _Splitter:
                 if source not in copies:
                     copies[source] = graph.node_copy(source)
             copies[node] = graph.node_copy(node, lambda n: copies[n])
-        _rehome(graph, device)
+        rehome_graph(graph, device)
         graph.output(tuple(copies[node] for node in outputs))
         root = {str(n.target): self._owned(n, index) for n in graph.find_nodes(op="get_attr")}
         return fx.GraphModule(root, graph, f"Stage{index}")

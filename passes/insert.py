@@ -62,7 +62,7 @@ def insert_heads(graph: Graph, plan: Plan, heads: Sequence[nn.Module | None], cr
             _cross(work, index, cut, by_name)
     with work.inserting_before(work.output_node()):
         losses.append(_criterion(work, len(plan.cuts), signal))
-    _key_randomness(work, randomness)
+    key_randomness(work, randomness)
     _guard_group_norms(graph, plan, work)
     outputs = work.output_node().args[0]
     work.output_node().args = ((tuple(losses), outputs),)
@@ -154,7 +154,7 @@ def _criterion(work: fx.Graph, index: int, signal: fx.Node) -> fx.Node:
     return loss
 
 
-def _key_randomness(work: fx.Graph, randomness: fx.Node) -> None:
+def key_randomness(work: fx.Graph, randomness: fx.Node) -> None:
     """Let every operation that draws random numbers draw keyed ones."""
     for node in operations(work):
         if not draws(node):

@@ -1,4 +1,4 @@
-"""Choose the cuts: the exact optimum over the legal ones, by dynamic programming.
+"""Choose the cuts: the exact optimum over the legal ones, by the dynamic programmes of `partitioning`.
 
 The slowest stage sets the pace of a stream, so its cost is minimised first. Among the plans that reach that optimum the
 one is taken that cuts at module boundaries and moves the fewest bytes.
@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-import torch
 
 from autodecouple.errors import CutError, PartitionError
 from autodecouple.graph import Graph
 from autodecouple.objectives.objective import Objective
 from autodecouple.passes.candidates import Candidate
-from autodecouple.passes.measuring.stage_costs import FORBIDDEN, StageCosts
+from autodecouple.passes.measuring.charges import Charge, slowness
+from autodecouple.passes.measuring.stage_costs import StageCosts
+from autodecouple.passes.partitioning.limited import Limited, minimise_within
+from autodecouple.passes.partitioning.runs import FORBIDDEN, StageRuns, minimise_slowest
 from autodecouple.plans import Plan
 
 
@@ -29,13 +29,15 @@ def choose_cuts(
     cut_at: Sequence[str] = (),
     memory_limit: int | None = None,
     classifier: str | None = None,
+    charges: Sequence[Charge] = (),
 ) -> Plan:
-    """The plan whose slowest stage is cheapest: FLOPs of forward, backward and head of a training step.
+    """The plan whose slowest stage is cheapest: forward, backward and head of a training step.
 
     objectives:   one per hidden stage; "bp" couples the stage to the next
     cut_at:       nodes or modules after which to cut; () leaves all cuts to the optimum
     memory_limit: bytes that a stage may take, parameters, gradients, optimizer state and activations together
     classifier:   node of one more cut, behind all others; what follows it is one more stage
+    charges:      what each stage costs where it will run, one per stage; () charges FLOPs everywhere
     Raises PartitionError where no such plan exists, naming the maximum and the legal cuts; CutError for a cut_at where
     none is legal, naming the nearest legal ones.
     """
@@ -44,16 +46,66 @@ def choose_cuts(
     costs = StageCosts(graph, legal)
     count = n_stages + (classifier is not None)
     _check_possible(count, candidates, costs.most_stages(), graph.warnings)
-    bodies = [costs.table(stage, objectives, memory_limit) for stage in range(count)]
+    charges = charges or (Charge(graph),) * count
+    limits = [charge.limit(memory_limit) for charge in charges]
+    stages = _charged(costs, charges, objectives)
     if classifier is not None:
         last = [candidate.node for candidate in legal].index(classifier)
-        bodies[-2][torch.arange(len(bodies[-2])) != last] = FORBIDDEN
+        stages[-2] = stages[-2].where(stages[-2].end == last)
         cut_at = [*cut_at, classifier] if cut_at else ()
-    problem = Problem(tuple(bodies), tuple(_preference(candidate) for candidate in legal))
-    chosen = explicit_cuts(cut_at, count, candidates) if cut_at else minimise_slowest(problem)
-    if chosen is None or problem.cost(chosen) >= FORBIDDEN:
-        raise PartitionError(_impossible(count, memory_limit, legal, chosen))
-    return costs.plan(chosen, objectives)
+    if cut_at:
+        chosen = explicit_cuts(cut_at, count, candidates)
+        plan = _checked(costs, stages, chosen, objectives)
+    else:
+        plan = _best(costs, stages, objectives, limits)
+    if plan is None or not _fits(plan, limits):
+        raise PartitionError(_impossible(count, limits, legal, explicit=bool(cut_at)))
+    return plan
+
+
+def _charged(costs: StageCosts, charges: Sequence[Charge], objectives: Sequence[Objective]) -> list[StageRuns]:
+    """What every stage may be, each at its own charge; equal ones are one object."""
+    known = {id(costs.charge.graph): costs}
+    for charge in charges:
+        if id(charge.graph) not in known:
+            known[id(charge.graph)] = StageCosts(costs.graph, costs.legal, charge)
+    runs = [known[id(charge.graph)].runs(stage, objectives) for stage, charge in enumerate(charges)]
+    dearest = max(1, *(stage.dearest for stage in runs))
+    factors = slowness([charge.speed for charge in charges], (FORBIDDEN - 1) // dearest)
+    slowed = {(id(r), factor): r.slowed(factor) for r, factor in zip(runs, factors, strict=True)}
+    return [slowed[id(r), factor] for r, factor in zip(runs, factors, strict=True)]
+
+
+def _checked(
+    costs: StageCosts, stages: Sequence[StageRuns], chosen: Sequence[int], objectives: Sequence[Objective]
+) -> Plan | None:
+    """The plan with these cuts, None if one of its stages is not allowed."""
+    begins, ends = [0, *(end + 1 for end in chosen)], [*chosen, len(costs.legal)]
+    allowed = all(runs.holds(*stage) for runs, *stage in zip(stages, begins, ends, strict=True))
+    return costs.plan(chosen, objectives) if allowed else None
+
+
+def _best(
+    costs: StageCosts, stages: Sequence[StageRuns], objectives: Sequence[Objective], limits: Sequence[int | None]
+) -> Plan | None:
+    """The best plan, None if there is none. The one without limits is the best with them, too, if it fits.
+
+    limits: bytes that each stage may take, None for no limit
+    """
+    preference = [_preference(candidate) for candidate in costs.legal]
+    found = minimise_slowest(stages, preference)
+    if found is None:
+        return None
+    slowest, chosen = found
+    plan = costs.plan(chosen, objectives)
+    if _fits(plan, limits):
+        return plan
+    within = minimise_within(Limited(costs, stages, objectives, preference, limits), slowest)
+    return None if within is None else costs.plan(within, objectives)
+
+
+def _fits(plan: Plan, limits: Sequence[int | None]) -> bool:
+    return all(limit is None or s.memory_bytes <= limit for s, limit in zip(plan.stages, limits, strict=True))
 
 
 def find_classifier(graph: Graph, candidates: Sequence[Candidate], name: bool | str) -> str:
@@ -74,57 +126,6 @@ def find_classifier(graph: Graph, candidates: Sequence[Candidate], name: bool | 
     if not before:
         raise PartitionError("no legal cut lies before the last module: name one, detach_classifier='module'")
     return before[-1].node
-
-
-@dataclass(frozen=True)
-class Problem:
-    """The cost of every possible stage, as integers, so that the optimum is exact.
-
-    body[k][e, b]: cost of stage k from start b to end e, at least FORBIDDEN where it is not allowed. Start 0 is the
-                   model's beginning, start i the place after legal cut i-1; end i is legal cut i, the last end the
-                   model's end.
-    preference:    what each legal cut costs among plans that are equally fast
-    """
-
-    body: tuple[torch.Tensor, ...]
-    preference: tuple[int, ...]
-
-    def cost(self, cuts: Sequence[int]) -> int:
-        """Cost of the slowest stage with these legal cuts."""
-        starts, ends = [0, *(cut + 1 for cut in cuts)], [*cuts, len(self.preference)]
-        return max(int(body[end, start]) for body, start, end in zip(self.body, starts, ends, strict=True))
-
-
-def minimise_slowest(problem: Problem) -> tuple[int, ...] | None:
-    """Indices of the legal cuts of the best plan, None if no plan is allowed; O(K C^2) for K stages and C cuts.
-
-    best[k][e] = min over b of max(best[k-1][b-1], body[k][e, b])      first round: the slowest stage
-    best[k][e] = min over b of best[k-1][b-1] + preference[e]          second round: over plans no slower than that
-    """
-    slowest, cuts = _solve(problem.body, torch.maximum, torch.zeros(len(problem.preference) + 1, dtype=torch.int64))
-    if slowest >= FORBIDDEN:
-        return None
-    allowed = tuple(torch.where(body <= slowest, 0, FORBIDDEN) for body in problem.body)
-    _, cuts = _solve(allowed, torch.add, torch.tensor([*problem.preference, 0], dtype=torch.int64))
-    return cuts
-
-
-def _solve(body: Sequence[torch.Tensor], join: object, end_cost: torch.Tensor) -> tuple[int, tuple[int, ...]]:
-    """(value, cuts) of the best way through the stages, `join` joining what came before with the stage itself."""
-    assert callable(join)
-    best = (body[0][:, 0] + end_cost).clamp(max=FORBIDDEN)
-    choices: list[torch.Tensor] = []
-    for stage in body[1:]:
-        before = torch.full_like(best, FORBIDDEN)
-        before[1:] = best[:-1]  # a stage from start b follows one that ended at cut b-1
-        best, choice = join(before, stage).min(dim=1)
-        best = (best + end_cost).clamp(max=FORBIDDEN)
-        choices.append(choice)
-    end, cuts = len(best) - 1, []
-    for choice in reversed(choices):
-        end = int(choice[end]) - 1
-        cuts.append(end)
-    return int(best[-1]), tuple(reversed(cuts))
 
 
 def explicit_cuts(cut_at: Sequence[str], n_stages: int, candidates: Sequence[Candidate]) -> tuple[int, ...]:
@@ -180,13 +181,12 @@ def _describe(candidates: Sequence[Candidate], limit: int = 40) -> str:
     return ", ".join(names[:limit]) + more or "none"
 
 
-def _impossible(
-    n_stages: int, memory_limit: int | None, legal: Sequence[Candidate], chosen: tuple[int, ...] | None
-) -> str:
-    which = "the cuts asked for" if chosen is not None else "any choice of the legal cuts"
-    if memory_limit is not None:
+def _impossible(n_stages: int, limits: Sequence[int | None], legal: Sequence[Candidate], *, explicit: bool) -> str:
+    which = "the cuts asked for" if explicit else "any choice of the legal cuts"
+    if known := sorted({limit for limit in limits if limit is not None}):
+        named = " or ".join(f"memory_limit={limit}" for limit in known)
         return (
-            f"with {which}, a stage of {n_stages} needs more than memory_limit={memory_limit} bytes or trains nothing;"
+            f"with {which}, a stage of {n_stages} needs more than {named} bytes or trains nothing;"
             f" raise the limit, or take more stages or a smaller batch. Legal cuts: {_describe(legal)}"
         )
     return f"with {which}, a stage of {n_stages} would have no trainable parameter. Legal cuts: {_describe(legal)}"

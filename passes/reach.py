@@ -8,32 +8,82 @@ from torch import fx
 
 from autodecouple.graph import Graph
 
+ROOM = 256
+"""Bits that may be taken before parameters that cannot be told apart any more are merged."""
+
 
 class Reach:
     """Follows gradients through the operations, visited one by one in execution order.
 
     Parameters are bits of an integer, in the order of their first use; a value's set is kept per storage, since a
-    write into a view reaches every value in that memory. Linear in the graph.
+    write into a view reaches every value in that memory. What is not used any more is forgotten; and of parameters
+    that now are in the same sets, and always will be, only the one that is used first at the latest is kept. So the
+    integers stay short where few values live at a time, and the whole is linear in the graph.
     """
 
     def __init__(self, graph: Graph) -> None:
         self.measures = {node: graph.measures[node.name] for node in graph.train.graph.nodes if node.op != "output"}
         uses = {name: at for name, at in graph.parameter_uses().items() if name in graph.trained and at}
-        ordered = sorted(uses, key=lambda name: min(uses[name]))
-        self.first_use = [min(uses[name]) for name in ordered]
         self.last = max((max(at) for at in uses.values()), default=-1)
+        self.first_use: list[int] = []  # by bits
         self.sets: dict[int, int] = {}
-        bits = {name: 1 << index for index, name in enumerate(ordered)}
-        for node in graph.train.graph.find_nodes(op="get_attr"):
-            for storage in self.measures[node].storages:
-                self.sets[storage] = self.sets.get(storage, 0) | bits.get(graph.parameter_name(node), 0)
+        self.room = ROOM
+        self._starting: dict[int, list[set[int]]] = {}  # the storages of parameters, by the position of the first use
+        self._ending: dict[int, list[int]] = {}  # storages by the position of the last use
+        self._list_parameters(graph, {name: min(at) for name, at in uses.items()})
+        self._list_ends(graph)
+
+    def _list_parameters(self, graph: Graph, first: dict[str, int]) -> None:
+        storages: dict[str, set[int]] = {}
+        for node in graph.owned:
+            storages.setdefault(graph.parameter_name(node), set()).update(self.measures[node].storages)
+        for name, position in first.items():
+            self._starting.setdefault(position, []).append(storages[name])
+
+    def _list_ends(self, graph: Graph) -> None:
+        positions = {node: position for position, node in enumerate(graph.operations)}
+        last: dict[int, int] = {}
+        for node, measure in self.measures.items():
+            end = max((positions.get(user, len(positions)) for user in node.users), default=measure.position)
+            for storage in measure.storages:
+                last[storage] = max(end, last.get(storage, -1))
+        for storage, end in last.items():
+            self._ending.setdefault(end, []).append(storage)
 
     def visit(self, node: fx.Node) -> None:
         """Let what the operation reads reach what it gives and writes."""
         measure = self.measures[node]
+        self._begin(measure.position)
         reached = self._union(node.all_input_nodes, measure.position)
         for storage in measure.storages | measure.writes if reached else ():
             self.sets[storage] = self.sets.get(storage, 0) | reached
+        for storage in self._ending.get(measure.position, ()):
+            self.sets.pop(storage, None)
+
+    def _begin(self, position: int) -> None:
+        """The parameters that are first used here get a bit each."""
+        for storages in self._starting.get(position, ()):
+            bit = 1 << len(self.first_use)
+            self.first_use.append(position)
+            for storage in storages:
+                self.sets[storage] = self.sets.get(storage, 0) | bit
+        if len(self.first_use) > self.room:
+            self._merge()
+            self.room = 2 * len(self.first_use) + ROOM
+
+    def _merge(self) -> None:
+        """Of the parameters that are in the same sets, keep the last."""
+        classes = [(1 << len(self.first_use)) - 1]
+        for members in set(self.sets.values()):
+            parts = (part for known in classes for part in (known & members, known & ~members))
+            classes = [part for part in parts if part]
+        kept = sorted(known.bit_length() - 1 for known in classes)
+        self.first_use = [self.first_use[bit] for bit in kept]
+        shorter = {
+            members: sum(1 << new for new, old in enumerate(kept) if members >> old & 1)
+            for members in set(self.sets.values())
+        }
+        self.sets = {storage: shorter[members] for storage, members in self.sets.items()}
 
     def thresholds(
         self, features: Sequence[fx.Node], carrying: Sequence[fx.Node], position: int

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from autodecouple.graph import Graph, attribute, operations
+from autodecouple.graph import Graph, operations
 from autodecouple.passes.codegen import StageCode
 from autodecouple.passes.insert import ORIGIN, ROLE, STAGE
 from autodecouple.passes.verifying.agree import matches_original
@@ -19,8 +19,7 @@ from autodecouple.plans import Plan
 
 def untrained_parameters(graph: Graph) -> list[str]:
     """Trainable parameters of the model that no gradient of its outputs reaches: unused, detached, used for nothing."""
-    nodes = graph.train.graph.find_nodes(op="get_attr")
-    reached = {id(attribute(graph.train, node)) for node in nodes if str(node.target) in graph.trained}
+    reached = {id(value) for node, value in graph.owned.items() if str(node.target) in graph.trained}
     return [name for name, p in graph.model.named_parameters() if p.requires_grad and id(p) not in reached]
 
 

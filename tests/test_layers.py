@@ -16,12 +16,12 @@ PACKAGE = Path(__file__).resolve().parent.parent / "autodecouple"
 # From the bottom up: a module imports from its own row and the rows above it here, never from one below.
 LAYERS: tuple[set[str], ...] = (
     {"errors", "_version"},
-    {"plans", "timeline", "schedules"},
+    {"plans", "timeline", "schedules", "devices"},
     {"simulator", "cost", "view"},
     {"graph", "objectives", "passes", "randomness", "signals"},
     {"stage", "stage_state", "work"},
     {"executors"},
-    {"options", "pipeline", "optimizers", "states", "flat", "storage", "checkpoints", "fitting"},
+    {"options", "pipeline", "optimizers", "states", "flat", "storage", "checkpoints", "fitting", "replanning"},
     {"api", "decoupled"},
     {"__init__"},
     {"integrations"},

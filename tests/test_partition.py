@@ -24,8 +24,9 @@ from autodecouple.objectives import EarlyExit, Objective, SupCon
 from autodecouple.objectives.backprop import Backprop
 from autodecouple.objectives.gather import gathered_head
 from autodecouple.passes.candidates import Candidate
-from autodecouple.passes.measuring.stage_costs import FORBIDDEN, StageCosts
-from autodecouple.passes.partition import Problem, choose_cuts, find_classifier, minimise_slowest
+from autodecouple.passes.measuring.stage_costs import StageCosts
+from autodecouple.passes.partition import choose_cuts, find_classifier
+from autodecouple.passes.partitioning.runs import FORBIDDEN
 from autodecouple.passes.place import assign_lanes, default_devices
 from autodecouple.pipeline import analyse
 from autodecouple.plans import Plan, TensorSpec
@@ -34,42 +35,6 @@ from examples import models as networks
 SWEEP = settings(max_examples=6, suppress_health_check=list(HealthCheck))
 SLOW = settings(max_examples=60, suppress_health_check=list(HealthCheck))
 OBJECTIVES: tuple[Objective, ...] = (SupCon(hidden=8, out=4), SupCon(hidden=32, out=4), EarlyExit(hidden=8), Backprop())
-
-
-# --- the dynamic programme, on tables ---------------------------------------------------------------------------------
-
-
-@st.composite
-def problems(draw: st.DrawFn) -> Problem:
-    """Tables of whole numbers, small ones so that many plans tie; some stages are not allowed."""
-    cuts, stages = draw(st.integers(0, 6)), draw(st.integers(1, 5))
-    entry = st.one_of(st.integers(0, 5), st.integers(0, 5), st.just(FORBIDDEN))
-    tables = [draw(st.lists(entry, min_size=(cuts + 1) ** 2, max_size=(cuts + 1) ** 2)) for _ in range(stages)]
-    body = tuple(torch.tensor(table, dtype=torch.int64).view(cuts + 1, cuts + 1) for table in tables)
-    for table in body:  # an end before its start is no stage
-        table[torch.arange(cuts + 1)[:, None] < torch.arange(cuts + 1)[None, :]] = FORBIDDEN
-    return Problem(body, tuple(draw(st.lists(st.integers(0, 9), min_size=cuts, max_size=cuts))))
-
-
-def slowest(problem: Problem, cuts: Sequence[int]) -> int:
-    starts, ends = [0, *(cut + 1 for cut in cuts)], [*cuts, len(problem.preference)]
-    return max(int(table[e, b]) for table, b, e in zip(problem.body, starts, ends, strict=True))
-
-
-@settings(max_examples=400)
-@given(problems())
-def test_the_dynamic_programme_is_brute_force(problem: Problem) -> None:
-    """Law 6: the smallest slowest stage; among those the smallest sum of preferences; None where nothing is allowed."""
-    choices = itertools.combinations(range(len(problem.preference)), len(problem.body) - 1)
-    values = [(slowest(problem, cuts), sum(problem.preference[cut] for cut in cuts)) for cuts in choices]
-    best = min(values, default=(FORBIDDEN, 0))
-    found = minimise_slowest(problem)
-    if best[0] >= FORBIDDEN:
-        assert found is None
-        return
-    assert found is not None
-    assert list(found) == sorted(set(found))
-    assert (slowest(problem, found), sum(problem.preference[cut] for cut in found)) == best
 
 
 # --- on graphs --------------------------------------------------------------------------------------------------------

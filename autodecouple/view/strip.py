@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from autodecouple.plans import Cut, Plan, StageSpec
 from autodecouple.view import units
 from autodecouple.view.canvas import Canvas, mix, stage_color
-from autodecouple.view.summary import crossing, plan_notes, plan_title, predicted_speedup, shares
+from autodecouple.view.summary import amount, crossing, parts, plan_notes, plan_title, predicted_speedup, shares
 
 _PAD, _GAP, _MIN_CARD, _MIN_WIDTH = 24.0, 44.0, 220.0, 720.0
 _STRIP, _STRIP_HEIGHT, _TOP = 84.0, 26.0, 146.0  # where the strip and the cards begin
@@ -87,13 +87,14 @@ def _strip(canvas: Canvas, card: _Card, share: float, left: float, right: float)
     canvas.polygon(
         [(left, bottom), (right, bottom), (card.x + card.width, _TOP), (card.x, _TOP)], fill=card.color, opacity=0.12
     )
-    tip = f"stage {stage.index}: {units.flops(stage.flops)}"
+    tip = f"stage {stage.index}: {amount(stage)}"
     canvas.rect(left, _STRIP, width, _STRIP_HEIGHT, fill=card.color, tip=tip, data_stage=stage.index)
     x = left
-    for (name, white), cost in zip(_SHADES, (stage.forward_flops, stage.backward_flops, stage.head_flops), strict=True):
-        part = width * cost / stage.flops if stage.flops > 0 else 0.0
+    costs = parts(stage)
+    for (name, white), cost in zip(_SHADES, costs, strict=True):
+        part = width * cost / sum(costs) if sum(costs) > 0 else 0.0
         if part > 0:
-            tip = f"stage {stage.index} {name}: {units.flops(cost)}"
+            tip = f"stage {stage.index} {name}: {amount(stage, cost)}"
             canvas.rect(x, _STRIP, part, _STRIP_HEIGHT, fill=mix(card.color, "#ffffff", white), tip=tip)
         x += part
     canvas.line(right, _STRIP, right, bottom, stroke="paper", stroke_width=2)
@@ -112,7 +113,7 @@ def _card(canvas: Canvas, card: _Card, share: float, *, slowest: bool) -> None:
         canvas.text(left + 68, _TOP + 26, "slowest", size=11, fill="alert", bold=True)
     lane = f"lane {stage.lane}, {stage.device}"
     canvas.text(right, _TOP + 26, lane, size=11, fill="dim", anchor="end", width=inner - 116)
-    canvas.text(left, _TOP + 46, f"{units.flops(stage.flops)} ({units.percent(share)})", width=inner)
+    canvas.text(left, _TOP + 46, f"{amount(stage)} ({units.percent(share)})", width=inner)
     size = f"{units.amount(stage.num_parameters)} parameters, {units.size(stage.memory_bytes)}"
     canvas.text(left, _TOP + 64, size, fill="dim", width=inner)
     for row, block in enumerate(_blocks(stage)):
@@ -128,7 +129,7 @@ def _head(canvas: Canvas, card: _Card) -> None:
         canvas.text(x, y + 18, "no head: gradient from the next stage", size=11, fill="dim", anchor="middle")
         return
     own = stage.objective == "criterion"
-    head = f"head: {units.flops(stage.head_flops)}, {units.size(stage.head_parameter_bytes)} of parameters"
+    head = f"head: {amount(stage, parts(stage)[2])}, {units.size(stage.head_parameter_bytes)} of parameters"
     canvas.arrow(x, card.bottom, x, y)
     canvas.rect(
         x - 70, y, 140, 28, fill="paper" if own else card.color, stroke=card.color, radius=14,

@@ -67,15 +67,29 @@ def timeline_title(timeline: Timeline) -> str:
 
 
 def shares(plan: Plan) -> tuple[float, ...]:
-    """Each stage's share of the training FLOPs; equal where nothing was measured."""
-    total = sum(stage.flops for stage in plan.stages)
-    return tuple(stage.flops / total if total > 0 else 1 / len(plan.stages) for stage in plan.stages)
+    """Each stage's share of the cost; equal where nothing was measured."""
+    total = sum(plan.costs)
+    return tuple(cost / total if total > 0 else 1 / len(plan.stages) for cost in plan.costs)
+
+
+def parts(stage: StageSpec) -> tuple[float, float, float]:
+    """Forward, backward and head: seconds where the stage was timed, else FLOPs."""
+    if stage.seconds is None:
+        return stage.forward_flops, stage.backward_flops, stage.head_flops
+    return stage.forward_seconds or 0.0, stage.backward_seconds or 0.0, stage.head_seconds or 0.0
+
+
+def amount(stage: StageSpec, part: float | None = None) -> str:
+    """The cost of a stage, or a part of it, as people read it."""
+    if stage.seconds is None:
+        return units.flops(stage.flops if part is None else part)
+    return units.duration(stage.seconds if part is None else part)
 
 
 def plan_notes(plan: Plan) -> tuple[str, ...]:
     """Balance, predicted speedup and where the time goes."""
-    lane_flops = [sum(plan.stages[k].flops for k in lane) for lane in plan.lanes]
-    on_lanes = sum(lane_flops) / max(lane_flops) if max(lane_flops) > 0 else 1.0
+    lane_costs = [sum(plan.costs[k] for k in lane) for lane in plan.lanes]
+    on_lanes = sum(lane_costs) / max(lane_costs) if max(lane_costs) > 0 else 1.0
     speedup = f"{predicted_speedup(plan)} with a lane per stage"
     if len(plan.lanes) < len(plan.stages):
         speedup += f", {_limit(plan)}{on_lanes:.2f}x on the {units.count(len(plan.lanes), 'lane')} of this plan"
@@ -112,12 +126,13 @@ def crossing(cut: Cut) -> tuple[TensorSpec, ...]:
 
 
 def place(stage: StageSpec) -> str:
-    return f"{stage.lane}: {stage.device}"
+    speed = "" if stage.speed == 1 else f" x {stage.speed:g}"
+    return f"{stage.lane}: {stage.device}{speed}"
 
 
 def _bottleneck(plan: Plan) -> str:
     slowest = plan.bottleneck
-    text = f"slowest: stage {slowest.index}, {units.flops(slowest.flops)} a step"
+    text = f"slowest: stage {slowest.index}, {amount(slowest)} a step"
     if not slowest.costliest_node:
         return text
     share = f", {units.percent(slowest.costliest_flops / slowest.flops)} of the stage" if slowest.flops > 0 else ""
@@ -125,9 +140,11 @@ def _bottleneck(plan: Plan) -> str:
 
 
 def _stages(plan: Plan) -> Table:
-    scale = units.Scale.of(max(max(s.forward_flops, s.backward_flops, s.head_flops) for s in plan.stages))
+    factor = 1e9 if plan.is_timed else 1
+    scale = units.Scale.of(factor * max(max(parts(stage)) for stage in plan.stages))
+    unit = scale.of_seconds if plan.is_timed else f"{scale.prefix}FLOP"
     columns = (
-        Column("stage", True), Column("nodes"), Column(f"forward\n{scale.prefix}FLOP", True), Column("backward", True),
+        Column("stage", True), Column("nodes"), Column(f"forward\n{unit}", True), Column("backward", True),
         Column("head", True), Column("share", True), Column("params", True), Column("memory", True),
         Column("objective"), Column("lane"), Column("crosses to the next stage"),
     )  # fmt: skip
@@ -136,9 +153,7 @@ def _stages(plan: Plan) -> Table:
         (
             str(stage.index),
             _nodes(stage, cut),
-            scale(stage.forward_flops),
-            scale(stage.backward_flops),
-            scale(stage.head_flops),
+            *(scale(factor * part) for part in parts(stage)),
             units.percent(share),
             units.amount(stage.num_parameters),
             units.size(stage.memory_bytes),

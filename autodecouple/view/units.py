@@ -28,6 +28,11 @@ class Scale:
         whole = len(f"{largest / 1000**index:.0f}")
         return Scale(_PREFIXES[index], max(0, 3 - whole) if index else 0)
 
+    @property
+    def of_seconds(self) -> str:
+        """The unit of a column of nanoseconds."""
+        return {"": "ns", "k": "µs", "M": "ms", "G": "s"}.get(self.prefix, f"{self.prefix}ns")
+
     def __call__(self, value: float) -> str:
         return f"{value / 1000 ** _PREFIXES.index(self.prefix):,.{self.decimals}f}"
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, fx, nn
 
-from autodecouple.graph import Graph, Measure, attribute
+from autodecouple.graph import Graph, Measure
 
 NEVER = 2**60
 """A position behind every other."""
@@ -122,8 +122,7 @@ class Lifetimes:
         """The model's tensors with their storages, and where they are used."""
         tensors: dict[int, tuple[Tensor, frozenset[int]]] = {}
         uses: dict[int, list[int]] = defaultdict(list)
-        for node in self.graph.train.graph.find_nodes(op="get_attr"):
-            value = attribute(self.graph.train, node)
+        for node, value in self.graph.owned.items():
             if isinstance(value, Tensor):
                 tensors[id(value)] = value, self.graph.measures[node.name].storages
                 uses[id(value)] += [self.positions[user] for user in node.users if user in self.positions]

@@ -9,45 +9,53 @@ from collections.abc import Sequence
 from functools import cached_property
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
-from autodecouple.graph import Graph, attribute, module_path
+from autodecouple.graph import Graph
 from autodecouple.objectives.objective import Objective
 from autodecouple.passes.candidates import Candidate
-from autodecouple.passes.measure import HeadCost, head_cost
+from autodecouple.passes.measure import HeadCost
+from autodecouple.passes.measuring.charges import Charge
+from autodecouple.passes.measuring.extents import Extents
+from autodecouple.passes.measuring.head_costs import HeadCosts, HeadRuns
+from autodecouple.passes.measuring.lifetimes import Lifetimes
 from autodecouple.passes.measuring.memory import MemoryWalk
-from autodecouple.passes.measuring.stage_memory import OPTIMIZER_STATES, HeadMemory, StageMemory
+from autodecouple.passes.measuring.stage_memory import OPTIMIZER_STATES, HeadMemory
+from autodecouple.passes.partitioning.runs import StageRuns
+from autodecouple.passes.partitioning.sums import RunSums
 from autodecouple.plans import Cut, Plan, StageSpec
 
-FORBIDDEN = 2**60
-"""Cost of a stage that is not allowed; far above any real one, far below the overflow of a sum."""
+Kind = tuple[bool, bool, int | None]
+"""Whether a stage is coupled to the one before and to the one behind, and its objective's id, None for the last."""
 
 
 class StageCosts:
-    """FLOPs and bytes of every stage that the legal cuts allow.
+    """Costs and bytes of the stages that the legal cuts allow, linear in the nodes.
 
-    Rows are ends (each legal cut, then the model's end), columns are starts (the model's beginning, then the place
-    after each legal cut).
+    Ends are the legal cuts, then the model's end; starts are the model's beginning, then the place after each legal
+    cut. Between two of them lies a segment: a stage from start b to end e holds the segments from b to e.
+
+    charge: what costs are counted in; None is FLOPs. Its speed and memory limit do not count here
     """
 
-    def __init__(self, graph: Graph, legal: Sequence[Candidate]) -> None:
+    def __init__(self, graph: Graph, legal: Sequence[Candidate], charge: Charge | None = None) -> None:
         self.graph = graph
         self.legal = legal
+        self.charge = charge or Charge(graph)
         self.cuts: list[Cut] = [candidate.cut for candidate in legal if candidate.cut is not None]
         self.nodes = graph.operations
-        self.measures = [graph.measures[node.name] for node in self.nodes]
         self.starts = [0, *(candidate.position + 1 for candidate in legal)]
         self.ends = [*(candidate.position for candidate in legal), len(self.nodes) - 1]
-        self._memory: dict[tuple[bool, bool], StageMemory] = {}  # by whether start and end are coupled
-        self._tables_of_heads: dict[int, torch.Tensor] = {}  # by the objective's id
+        self.heads = HeadCosts(legal, graph.signal, self.charge.head)
+        self._walks: dict[tuple[bool, bool], MemoryWalk] = {}  # by whether start and end are coupled
+        self._head_runs: dict[int, HeadRuns] = {}  # by the objective's id
+        self._runs: dict[Kind, StageRuns] = {}
 
     @cached_property
-    def first_uses(self) -> dict[int, list[torch.Tensor]]:
+    def first_uses(self) -> dict[int, list[Tensor]]:
         """The trainable parameters by the position of their first use."""
-        parameters = {
-            str(n.target): attribute(self.graph.train, n) for n in self.graph.train.graph.find_nodes(op="get_attr")
-        }
-        first: dict[int, list[torch.Tensor]] = {}
+        parameters = {str(node.target): value for node, value in self.graph.owned.items()}
+        first: dict[int, list[Tensor]] = {}
         for name, uses in self.graph.parameter_uses().items():
             if uses:
                 first.setdefault(min(uses), []).append(parameters[name])
@@ -68,98 +76,103 @@ class StageCosts:
                 count, start = count + 1, end + 1
         return count
 
-    def table(self, stage: int, objectives: Sequence[Objective], memory_limit: int | None) -> torch.Tensor:
-        """(ends, starts) FLOPs of a training step of stage number `stage`, FORBIDDEN where it is not allowed."""
-        detached, coupled, trained = self._tables
-        after_coupled = stage > 0 and objectives[stage - 1].name == "bp"
-        flops = (coupled if after_coupled else detached).clone()
-        if stage < len(objectives):
-            flops[:-1] += self._head_tables(objectives[stage])[0]
-            if objectives[stage].name != "bp":
-                blind = torch.tensor([candidate.blind for candidate in self.legal])[:, None]
-                flops[:-1][torch.tensor(self.starts)[None, :] <= blind] = FORBIDDEN
-        backwards = torch.tensor(self.ends)[:, None] < torch.tensor(self.starts)[None, :]
-        flops[backwards | (trained == 0)] = FORBIDDEN
-        if memory_limit is not None:
-            flops[self._needs(stage, objectives) > memory_limit] = FORBIDDEN
-        return flops
+    def kind(self, stage: int, objectives: Sequence[Objective]) -> Kind:
+        coupled = [False, *(objective.name == "bp" for objective in objectives), False]
+        return coupled[stage], coupled[stage + 1], id(objectives[stage]) if stage < len(objectives) else None
+
+    def runs(self, stage: int, objectives: Sequence[Objective]) -> StageRuns:
+        """The stages that may be stage number `stage`: those that train something which their head sees."""
+        kind = self.kind(stage, objectives)
+        if kind not in self._runs:
+            self._runs[kind] = self._allowed(stage, objectives)
+        return self._runs[kind]
+
+    def _allowed(self, stage: int, objectives: Sequence[Objective]) -> StageRuns:
+        sums = self._sums[self.kind(stage, objectives)[0]]
+        if stage == len(objectives):
+            end, start, head = torch.tensor([[len(self.legal)], [0], [self.charge.criterion]])
+            runs = StageRuns(sums, end, start, self._last_starts[end], head)
+        else:
+            heads, blind = self._heads(objectives[stage]), objectives[stage].name != "bp"
+            first = torch.maximum(heads.first, self._seen[heads.end]) if blind else heads.first
+            last = torch.minimum(heads.last, self._last_starts[heads.end])
+            runs = StageRuns(sums, heads.end, first, last, heads.price)
+        return runs.where(runs.first <= runs.last)
 
     @cached_property
-    def _tables(self) -> tuple[torch.Tensor, ...]:
-        """(ends, starts) each: FLOPs after a detached cut, FLOPs after a coupled one, trained parameters.
+    def _sums(self) -> tuple[RunSums, RunSums]:
+        """Prices of the operations, after a detached cut and after a coupled one.
 
-        One walk over the nodes keeps, for every start, what a stage that begins there has cost so far.
+        The backward of what a threshold lies behind is spent by stages that begin early enough to hold the parameter
+        behind that input; after a coupled cut always.
         """
-        sums = torch.zeros(3, len(self.starts), dtype=torch.int64)
-        rows, ends = [], set(self.ends)
-        for position, measure in enumerate(self.measures):
-            begun = bisect_right(self.starts, position)
-            everything = measure.forward_flops + sum(flops for _, flops in measure.backward_flops)
-            added = [measure.forward_flops, everything, self.trained[position]]
-            if any(added):
-                sums[:, :begun] += torch.tensor(added, dtype=torch.int64)[:, None]
-            for threshold, flops in measure.backward_flops:
-                # spent only by a stage that begins early enough to hold the parameter behind that input
-                sums[0, : bisect_right(self.starts, threshold)] += flops
-            if position in ends:
-                rows.append(sums.clone())
-        return tuple(torch.stack(rows).unbind(dim=1))
+        prices = [self.charge.amount(node.name) for node in self.nodes]
+        forward = torch.tensor([price for price, _ in prices])
+        terms = [(threshold, position, p) for position, (_, ts) in enumerate(prices) for threshold, p in ts if p]
+        threshold, position, backward = torch.tensor(terms, dtype=torch.int64).reshape(-1, 3).T.contiguous()
+        first, last = self._segments(threshold), self._segments(position)
+        within, across = first == last, (first >= 0) & (first < last)
+        plain = self._added(self._segments(torch.arange(len(prices))), forward)
+        detached = plain + self._added(last[within], backward[within])
+        spanning = torch.stack([first, last, backward], dim=1)
+        return RunSums(detached, spanning[across]), RunSums(plain + self._added(last, backward), spanning[:0])
 
-    def _head_tables(self, objective: Objective) -> torch.Tensor:
-        """(4, legal cuts, starts): FLOPs and bytes of the head, which reads more in a longer stage: see `HeadCost`."""
-        if id(objective) not in self._tables_of_heads:
-            costs = torch.zeros(4, len(self.cuts), len(self.starts), dtype=torch.int64)
-            for end, candidate in enumerate(self.legal):
-                longer = sorted({threshold for _, threshold in candidate.reads[1:] if threshold >= 0}, reverse=True)
-                for start in (len(self.nodes), *longer):
-                    head, begun = self.head(end, start, objective), bisect_right(self.starts, start)
-                    numbers = [head.flops, head.parameter_bytes, head.largest_bytes, head.peak_bytes]
-                    costs[:, end, :begun] = torch.tensor(numbers)[:, None]
-            self._tables_of_heads[id(objective)] = costs
-        return self._tables_of_heads[id(objective)]
+    def _segments(self, positions: Tensor) -> Tensor:
+        return torch.bucketize(positions, torch.tensor(self.starts), right=True) - 1
 
-    def memory(self, stage: int, objectives: Sequence[Objective]) -> StageMemory:
-        """Bytes of every stage as stage number `stage`, heads apart."""
-        coupled = [False, *(objective.name == "bp" for objective in objectives), False]
-        key = coupled[stage], coupled[stage + 1]
-        if key not in self._memory:
-            self._memory[key] = MemoryWalk(self.graph, self.legal, *key).tables()
-        return self._memory[key]
+    def _added(self, segments: Tensor, amounts: Tensor) -> Tensor:
+        return torch.zeros(len(self.starts), dtype=torch.int64).index_add_(0, segments, amounts)
 
-    def _step_bytes(self, stage: int, objectives: Sequence[Objective]) -> torch.Tensor:
-        """(ends, starts) bytes that a step takes beside weights, frozen tensors and optimizer state."""
-        heads = torch.zeros(3, len(self.ends), len(self.starts), dtype=torch.int64)
-        heads[2, -1] = self._criterion_bytes()
+    @cached_property
+    def _last_starts(self) -> Tensor:
+        """(ends,) the last start from which on something is trained, -1 if there is none."""
+        last = torch.full((len(self.ends),), -1)
+        holding = self._segments(torch.tensor(sorted(self.trained), dtype=torch.int64))
+        last[holding] = holding
+        return last.cummax(0).values
+
+    @cached_property
+    def _seen(self) -> Tensor:
+        """(legal cuts,) the first start of a stage all of whose parameters a head there sees."""
+        return self._segments(torch.tensor([candidate.blind for candidate in self.legal], dtype=torch.int64)) + 1
+
+    def _heads(self, objective: Objective) -> HeadRuns:
+        if id(objective) not in self._head_runs:
+            self._head_runs[id(objective)] = self.heads.runs(objective)
+        return self._head_runs[id(objective)]
+
+    @cached_property
+    def _lives(self) -> Lifetimes:
+        return Lifetimes(self.graph)
+
+    def memory(self, stage: int, objectives: Sequence[Objective]) -> MemoryWalk:
+        """Bytes of stages as stage number `stage`, heads apart."""
+        before, after, _ = self.kind(stage, objectives)
+        if (before, after) not in self._walks:
+            self._walks[before, after] = MemoryWalk(self._lives, self.legal, before, after)
+        return self._walks[before, after]
+
+    def needs(self, stage: int, objectives: Sequence[Objective], begin: int, ends: tuple[int, int]) -> Tensor:
+        """(ends,) bytes of a training step as stage number `stage`: `StageSpec.memory_bytes` of the stages from a
+        start to each of these ends, first and last."""
+        memory = self.memory(stage, objectives).stages(begin, *ends)
+        head = self._criterion_memory()
         if stage < len(objectives):
-            heads[:, :-1] = self._head_tables(objectives[stage])[1:]
-        return self.memory(stage, objectives).step(HeadMemory(*heads))
+            head = self._heads(objectives[stage]).memory_from(begin, *ends)
+        return memory.step(head) + (1 + OPTIMIZER_STATES) * (memory.weights + head.parameters) + memory.frozen
 
-    def _needs(self, stage: int, objectives: Sequence[Objective]) -> torch.Tensor:
-        """(ends, starts) bytes of a training step of stage number `stage`: `StageSpec.memory_bytes`."""
-        memory = self.memory(stage, objectives)
-        needs = self._step_bytes(stage, objectives) + (1 + OPTIMIZER_STATES) * memory.weights + memory.frozen
-        if stage < len(objectives):
-            needs[:-1] += (1 + OPTIMIZER_STATES) * self._head_tables(objectives[stage])[1]
-        return needs
-
-    def _criterion_bytes(self) -> int:
+    def _criterion_memory(self) -> HeadMemory:
         """What cross-entropy takes: the logarithms of the probabilities, and two gradients of that size."""
         specs = [self.graph.measures[leaf.name].value for leaf in self.graph.outputs if isinstance(leaf, fx.Node)]
-        return 3 * sum(spec.num_bytes for spec in specs if spec is not None and "float" in spec.dtype)
-
-    def head(self, end: int, start: int, objective: Objective) -> HeadCost:
-        """Cost of the objective's head on what it reads at a legal cut, in a stage that begins at a position."""
-        if objective.name == "bp":
-            return HeadCost(0, 0, 0)
-        specs = [self.cuts[end].spec(name) for name in self.legal[end].features(start)]
-        return head_cost(objective, [dataclasses.replace(s, name="features") for s in specs], self.graph.signal)
+        peak = 3 * sum(spec.num_bytes for spec in specs if spec is not None and "float" in spec.dtype)
+        return HeadMemory(*torch.tensor([[0], [0], [peak]]))
 
     def plan(self, chosen: Sequence[int], objectives: Sequence[Objective]) -> Plan:
         """The plan with these legal cuts, all stages on one lane."""
         begins, ends = [0, *(end + 1 for end in chosen)], [*chosen, len(self.cuts)]
         cuts = tuple(map(self._cut, begins, chosen, objectives))
         stages = [
-            self._stage(index, begin, end, objectives, coupled=index > 0 and not cuts[index - 1].detached)
+            self._stage(index, begin, end, objectives)
             for index, (begin, end) in enumerate(zip(begins, ends, strict=True))
         ]
         model = type(self.graph.model).__name__
@@ -171,14 +184,15 @@ class StageCosts:
         detached = objective.name != "bp"
         return dataclasses.replace(self.cuts[end], features=features, detached=detached, encodes=objective.encodes)
 
-    def _stage(self, index: int, begin: int, end: int, objectives: Sequence[Objective], *, coupled: bool) -> StageSpec:
+    def _stage(self, index: int, begin: int, end: int, objectives: Sequence[Objective]) -> StageSpec:
         start, stop = self.starts[begin], self.ends[end] + 1
-        last = index == len(objectives)
-        head = HeadCost(0, 0, 0) if last else self.head(end, start, objectives[index])
+        last, coupled = index == len(objectives), self.kind(index, objectives)[0]
+        head = HeadCost(0, 0, 0) if last else self.heads.cost(end, start, objectives[index])
         flops = {p: self._node_flops(p, -1 if coupled else start) for p in range(start, stop)}
         parameters = [p for position in range(start, stop) for p in self.first_uses.get(position, [])]
         weights = sum(map(_num_bytes, parameters))
-        memory = self.memory(index, objectives)
+        memory = self.memory(index, objectives).stages(begin, end, end)
+        held = HeadMemory(*torch.tensor([[head.parameter_bytes], [head.largest_bytes], [head.peak_bytes]]))
         costliest = max(flops, key=lambda position: sum(flops[position]))
         return StageSpec(
             index=index,
@@ -190,31 +204,24 @@ class StageCosts:
             num_parameters=sum(parameter.numel() for parameter in parameters),
             parameter_bytes=weights,
             head_parameter_bytes=head.parameter_bytes,
-            frozen_bytes=int(memory.frozen[end, begin]),
-            activation_bytes=int(memory.activations[end, begin]),
+            frozen_bytes=int(memory.frozen),
+            activation_bytes=int(memory.activations),
             optimizer_bytes=OPTIMIZER_STATES * (weights + head.parameter_bytes),
-            step_bytes=int(self._step_bytes(index, objectives)[end, begin]),
-            modules=whole_modules(self.nodes, start, stop),
+            step_bytes=int(memory.step(self._criterion_memory() if last else held)),
+            modules=self._extents.whole(start, stop),
             costliest_node=self.nodes[costliest].name,
             costliest_flops=sum(flops[costliest]),
         )
 
+    @cached_property
+    def _extents(self) -> Extents:
+        return Extents(self.nodes)
+
     def _node_flops(self, position: int, start: int) -> tuple[int, int]:
         """FLOPs forward and backward of one node in a stage that begins at `start`; -1 asks for every gradient."""
-        measure = self.measures[position]
-        return measure.forward_flops, sum(flops for threshold, flops in measure.backward_flops if threshold >= start)
+        forward, backward = self.charge.amount(self.nodes[position].name)
+        return forward, sum(flops for threshold, flops in backward if threshold >= start)
 
 
-def whole_modules(nodes: Sequence[fx.Node], start: int, stop: int) -> tuple[str, ...]:
-    """The modules whose forward lies wholly in [start, stop), in order and none within another."""
-    last = {name: position for position, node in enumerate(nodes) for name in module_path(node)}
-    first = {name: position for position, node in reversed(list(enumerate(nodes))) for name in module_path(node)}
-    outermost = (
-        next((name for name in module_path(node) if name and start <= first[name] and last[name] < stop), "")
-        for node in nodes[start:stop]
-    )
-    return tuple(dict.fromkeys(filter(None, outermost)))
-
-
-def _num_bytes(tensor: torch.Tensor) -> int:
+def _num_bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()

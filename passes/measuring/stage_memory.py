@@ -17,16 +17,20 @@ UPDATE_TENSORS = 2
 
 @dataclass(frozen=True)
 class HeadMemory:
-    """Bytes of heads, (ends, starts) each: parameters, the largest of them, and all that the loss takes on top."""
+    """Bytes of heads, (stages,) each: parameters, the largest of them, and all that the loss takes on top."""
 
     parameters: Tensor
     largest: Tensor
     peak: Tensor
 
+    @property
+    def amounts(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.parameters, self.largest, self.peak
+
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes of every stage without its head, (ends, starts) each.
+    """Bytes of stages without their heads, (stages,) each.
 
     weights:     trainable parameters; `gradients` of them; `largest` of them
     frozen:      parameters that are not trained, and buffers (twice where the forward writes them: a batch that fails

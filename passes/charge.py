@@ -1,0 +1,113 @@
+"""What every lane charges for a stage: FLOPs over its speed, or nanoseconds as they are measured on its device."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from autodecouple.devices import Device
+from autodecouple.graph import Graph
+from autodecouple.objectives.objective import Objective
+from autodecouple.passes.candidates import Candidate
+from autodecouple.passes.measuring.charges import Charge, average, charged, slowness
+from autodecouple.passes.measuring.links import time_link
+from autodecouple.passes.measuring.timing import Bench, HeadTimes, time_criterion, time_nodes
+from autodecouple.passes.partitioning.runs import FORBIDDEN
+from autodecouple.plans import Cut, Link, Plan, StageSpec
+
+
+def charge_flops(graph: Graph, devices: Sequence[Device]) -> tuple[Charge, ...]:
+    """One charge per lane."""
+    return tuple(Charge(graph, speed=device.speed, memory_limit=device.memory_limit) for device in devices)
+
+
+def charge_nanoseconds(
+    graph: Graph, candidates: Sequence[Candidate], devices: Sequence[Device], example: Sequence[Any] = ()
+) -> tuple[Charge, ...]:
+    """One charge per lane: every block between legal cuts is run on every device that is among them.
+
+    example: flat inputs of the model where they are at hand. CPU lanes share the threads that torch may use.
+    """
+    ends = [candidate.position for candidate in candidates if candidate.cut is not None]
+    timed: dict[str, Charge] = {}
+    for name in dict.fromkeys(device.name for device in devices):
+        bench = bench_of(name, len(devices))
+        amounts = time_nodes(graph, ends, bench, example)
+        timed[name] = Charge(charged(graph, amounts), HeadTimes(bench), time_criterion(graph, bench))
+    return tuple(
+        dataclasses.replace(timed[device.name], speed=device.speed, memory_limit=device.memory_limit)
+        for device in devices
+    )
+
+
+def bench_of(name: str, num_lanes: int) -> Bench:
+    return Bench(torch.device(name), max(1, torch.get_num_threads() // num_lanes))
+
+
+def time_links(devices: Sequence[Device]) -> tuple[Link, ...]:
+    """From each lane to the next; links between devices of the same names once."""
+    known: dict[tuple[str, str], Link] = {}
+    pairs = [(source.name, target.name) for source, target in itertools.pairwise(devices)]
+    for source, target in pairs:
+        if (source, target) not in known:
+            with bench_of(source, len(devices)).entered():
+                known[source, target] = time_link(torch.device(source), torch.device(target))
+    return tuple(known[pair] for pair in pairs)
+
+
+def per_stage(charges: Sequence[Charge], n_stages: int, count: int) -> tuple[Charge, ...]:
+    """The charge of each stage before lanes are assigned: its own lane's where every stage has one.
+
+    n_stages counts without the stage of a detached classifier, which is on the lane before it; count counts with it.
+    """
+    if len(charges) < n_stages:
+        return (average(charges),) * count
+    return tuple(charges[min(stage, n_stages - 1)] for stage in range(count))
+
+
+def stage_cost(plan: Plan, index: int, charge: Charge, objectives: Sequence[Objective]) -> tuple[int, int, int, int]:
+    """(forward, backward, head, update) of a stage of the plan, at speed 1."""
+    stage, measures = plan.stages[index], charge.graph.measures
+    start = measures[stage.nodes[0]].position if index == 0 or plan.cuts[index - 1].detached else -1
+    update = sum(charge.updates.get(name, 0) for name in stage.nodes)
+    forward = sum(measures[name].forward_flops for name in stage.nodes) - update
+    backward = sum(cost for name in stage.nodes for at, cost in measures[name].backward_flops if at >= start)
+    if index == len(plan.cuts):
+        return forward, backward, charge.criterion, update
+    return forward, backward, _head_cost(charge, plan.cuts[index], objectives[index]), update
+
+
+def _head_cost(charge: Charge, cut: Cut, objective: Objective) -> int:
+    if not cut.detached:
+        return 0
+    features = [dataclasses.replace(cut.spec(name), name="features") for name in cut.features]
+    return charge.head(objective, features, charge.graph.signal).flops
+
+
+def lane_costs(plan: Plan, charges: Sequence[Charge], objectives: Sequence[Objective]) -> list[list[int]]:
+    """By lane: the cost of every stage there, as slow as the lane is."""
+    known: dict[int, list[int]] = {}  # by the graph: lanes of equal devices share theirs
+    for charge in charges:
+        if id(charge.graph) not in known:
+            known[id(charge.graph)] = [sum(stage_cost(plan, k, charge, objectives)) for k in range(len(plan.stages))]
+    dearest = max(1, *map(sum, known.values()))
+    factors = slowness([charge.speed for charge in charges], (FORBIDDEN - 1) // dearest)
+    return [[factor * cost for cost in known[id(c.graph)]] for factor, c in zip(factors, charges, strict=True)]
+
+
+def with_seconds(plan: Plan, charges: Sequence[Charge], objectives: Sequence[Objective]) -> Plan:
+    """The plan with the seconds that each stage takes on its lane; the charges are in nanoseconds."""
+
+    def timed(stage: StageSpec) -> StageSpec:
+        charge = charges[stage.lane]
+        costs = stage_cost(plan, stage.index, charge, objectives)
+        forward, backward, head, update = (cost / 1e9 / charge.speed for cost in costs)
+        return dataclasses.replace(
+            stage, forward_seconds=forward, backward_seconds=backward, head_seconds=head, update_seconds=update
+        )
+
+    return dataclasses.replace(plan, stages=tuple(map(timed, plan.stages)))

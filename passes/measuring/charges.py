@@ -1,0 +1,100 @@
+"""What the stages of a lane are charged for: FLOPs, or nanoseconds as they were measured there."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Protocol
+
+from autodecouple.graph import Graph
+from autodecouple.objectives.objective import Objective
+from autodecouple.passes.measure import HeadCost, head_cost
+from autodecouple.plans import TensorSpec
+
+Amount = tuple[int, tuple[tuple[int, int], ...]]
+"""Of a node: what its forward costs, and (threshold, amount) pairs of its backward, as in `Measure`."""
+
+
+class HeadPrice(Protocol):
+    """A head's cost, whatever it is counted in, in the place of its FLOPs."""
+
+    def __call__(self, objective: Objective, features: Sequence[TensorSpec], signal: TensorSpec) -> HeadCost: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Charge:
+    """What a stage costs on one lane, in whole numbers, so that the optimum is exact.
+
+    graph:        its measures hold costs in the place of FLOPs
+    head:         the same of heads; criterion: of the loss on the last stage
+    speed:        of the lane, relative to the others
+    memory_limit: bytes that a stage there may take
+    updates:      part of the forward of some nodes, by their names: what the optimizer takes
+    """
+
+    graph: Graph
+    head: HeadPrice = head_cost
+    criterion: int = 0
+    speed: float = 1.0
+    memory_limit: int | None = None
+    updates: Mapping[str, int] = field(default_factory=dict)
+
+    def amount(self, name: str) -> Amount:
+        """Of a node, by its name."""
+        measure = self.graph.measures[name]
+        return measure.forward_flops, measure.backward_flops
+
+    def limit(self, other: int | None) -> int | None:
+        """The tighter of the lane's limit and another one."""
+        return min((limit for limit in (self.memory_limit, other) if limit is not None), default=None)
+
+
+def charged(graph: Graph, amounts: Mapping[str, Amount]) -> Graph:
+    """The graph with other costs than FLOPs; nodes that `amounts` leaves out cost nothing."""
+    nothing: Amount = (0, ())
+    measures = {}
+    for name, measure in graph.measures.items():
+        forward, backward = amounts.get(name, nothing)
+        measures[name] = dataclasses.replace(measure, forward_flops=forward, backward_flops=backward)
+    return dataclasses.replace(graph, measures=measures)
+
+
+def slowness(speeds: Sequence[float], most: int) -> tuple[int, ...]:
+    """What costs are multiplied with on each lane: whole numbers, so that they stay exact, in the ratio of the speeds.
+
+    most: the largest that there is room for. Ratios of small numbers are exact; others are rounded to a common unit
+    """
+    ratios = [(Fraction(max(speeds)) / Fraction(speed)).limit_denominator(10**6) for speed in speeds]
+    unit = math.lcm(*(ratio.denominator for ratio in ratios))
+    if unit * max(ratios) > most:
+        unit = max(1, int(most / max(ratios)))
+    return tuple(min(most, round(unit * ratio)) for ratio in ratios)
+
+
+def average(charges: Sequence[Charge]) -> Charge:
+    """For a stage whose lane is still open: the sum over all lanes, each at its speed, and the loosest limit."""
+    if len({(id(charge.graph), charge.speed, charge.memory_limit) for charge in charges}) == 1:
+        return charges[0]
+    fastest = max(charge.speed for charge in charges)
+    weights = [fastest / charge.speed for charge in charges]
+
+    def total(parts: Sequence[int]) -> int:
+        return sum(int(part * weight) for part, weight in zip(parts, weights, strict=True))
+
+    def head(objective: Objective, features: Sequence[TensorSpec], signal: TensorSpec) -> HeadCost:
+        costs = [charge.head(objective, features, signal) for charge in charges]
+        return dataclasses.replace(costs[0], flops=total([cost.flops for cost in costs]))
+
+    amounts = {}
+    for name in charges[0].graph.measures:
+        measures = [charge.graph.measures[name] for charge in charges]
+        pairs = [(threshold, int(cost * w)) for m, w in zip(measures, weights, strict=True)
+                 for threshold, cost in m.backward_flops]  # fmt: skip
+        amounts[name] = total([m.forward_flops for m in measures]), tuple(pairs)
+    limits = [charge.memory_limit for charge in charges]
+    loosest = None if None in limits else max(limit for limit in limits if limit is not None)
+    criterion = total([charge.criterion for charge in charges])
+    return Charge(charged(charges[0].graph, amounts), head, criterion, memory_limit=loosest)

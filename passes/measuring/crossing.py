@@ -1,0 +1,205 @@
+"""What crosses at the ends of stages: sent and received, kept for the next stage, given a gradient there."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor, fx
+
+from autodecouple.passes.candidates import Candidate
+from autodecouple.passes.measuring.lifetimes import NEVER, Lifetimes
+
+Change = tuple[int, int, int, int]
+"""(until, first start, end of the starts, bytes): what counts up to a position for stages with these starts."""
+
+
+class Crossing:
+    """Bytes that only the end of a stage decides on, for the stages from one start to each of several ends.
+
+    starts, ends:  positions of the first and last operations of stages: the model's own, and those beside each cut
+    before, after: whether the stages are coupled to those before and behind them
+    """
+
+    def __init__(self, lives: Lifetimes, legal: Sequence[Candidate], before: bool, after: bool) -> None:
+        self.coupled_before, self.coupled_after = before, after
+        self.lives = lives
+        self.graph = lives.graph
+        self.nodes = lives.graph.operations
+        self.legal = legal
+        self.starts = [0, *(candidate.position + 1 for candidate in legal)]
+        self.ends = [*(candidate.position for candidate in legal), len(self.nodes) - 1]
+        self.positions = torch.tensor(self.ends)
+        self._saved: dict[int, list[tuple[int, int, int]]] = {}
+
+    def begun(self, position: int) -> int:
+        """How many of the starts lie at or before a position."""
+        return bisect_right(self.starts, position)
+
+    def taking(self, depends: int) -> int:
+        """How many of the starts begin a stage in which what depends on this position takes a gradient."""
+        return len(self.starts) if self.coupled_before else self.begun(depends)
+
+    def saved(self, storage: int) -> list[tuple[int, int, int]]:
+        """(first operation to save it, range of the starts for which that is so): later starts later operations."""
+        if storage not in self._saved:
+            found, reach, born = [], 0, self.begun(self.lives.births[storage])
+            for position, depends in self.lives.saved.get(storage, ()):
+                begun = min(born, self.taking(depends))
+                if begun > reach:
+                    found.append((position, reach, begun))
+                    reach = begun
+            self._saved[storage] = found
+        return self._saved[storage]
+
+    def received(self, begin: int) -> int:
+        """What a stage that begins there is sent."""
+        names = self._crossing(begin - 1) if begin else {spec.name for spec in self.graph.inputs}
+        return sum(self._storages(names).values())
+
+    def _crossing(self, end: int) -> set[str]:
+        if end == len(self.legal):
+            return {leaf.name for leaf in self.graph.outputs if isinstance(leaf, fx.Node)}
+        cut = self.legal[end].cut
+        assert cut is not None
+        return {spec.name for spec in cut.crossing}
+
+    def _storages(self, names: set[str]) -> dict[int, int]:
+        """The memory of these values, with its size."""
+        storages = {storage for name in names for storage in self.graph.measures[name].storages}
+        return {s: self.lives.sizes[s] for s in storages if s in self.lives.sizes}
+
+    def sent(self, begin: int, first: int, last: int) -> Tensor:
+        end, reach, size = _between(self._sent_changes, first, last) if first < last else _rows(self._sends(first), 3)
+        return _added(end - first, torch.where(begin < reach, size, 0), last - first + 1)
+
+    @cached_property
+    def _sent_changes(self) -> Tensor:
+        return _rows([row for end in range(len(self.ends)) for row in self._sends(end)], 3)
+
+    def _sends(self, end: int) -> list[tuple[int, ...]]:
+        """(end, end of the starts, bytes) of what crosses there and was made in the stage."""
+        storages = self._storages(self._crossing(end))
+        return [(end, self.begun(self.lives.births[storage]), size) for storage, size in storages.items()]
+
+    def copies(self, first: int, last: int) -> Tensor:
+        """(ends,) bytes of what is cloned at each cut."""
+        return torch.tensor([self._copied(end) for end in range(first, last + 1)])
+
+    def _copied(self, end: int) -> int:
+        cut = self.legal[end].cut if end < len(self.legal) else None
+        return sum(cut.spec(name).num_bytes for name in cut.copied) if cut is not None else 0
+
+    def highest(self, begin: int, first: int, last: int, worst: Tensor) -> Tensor:
+        """(ends,) the maximum of a + w - g up to each end, with what only that end adds.
+
+        worst: (operations,) the running maximum of a + w - g
+
+        Each addition holds for the positions before some `until` only. So up to there the running maximum counts with
+        it, and the whole one without it, which what the former has in common with it cannot exceed.
+        """
+        end, until, lowest, reach, size = (
+            _between(self._held_changes, first, last) if first < last else _rows(self._holds(first), 5)
+        )
+        count, start, end = last - first + 1, self.starts[begin], end - first
+        size = torch.where((lowest <= begin) & (begin < reach), size, 0)
+        worst = torch.cat([worst.new_full((1,), -NEVER), worst])  # of the positions before each
+        positions = self.positions[first : last + 1]
+        inside = until <= positions[end]
+        over = torch.where(inside, size.abs(), 0)
+        total, gone = _added(end, size.clamp(min=0), count), _added(end, over, count)
+        passed = over.cumsum(0) - over - (gone.cumsum(0) - gone)[end]  # what an end's additions before this one held
+        peaks = worst[(until - start).clamp(0, len(worst) - 1)] + total[end] - passed
+        best = worst[positions - start + 1] + total - gone
+        return best.scatter_reduce(0, end, torch.where(inside, peaks, -NEVER), "amax")
+
+    @cached_property
+    def _held_changes(self) -> Tensor:
+        return _rows([row for end in range(len(self.ends)) for row in self._holds(end)], 5)
+
+    def _holds(self, end: int) -> list[tuple[int, ...]]:
+        """(end, until, first start, end of the starts, bytes) of what only this end adds, by `until`."""
+        return [(end, *change) for change in sorted((*self._kept(end), *self._head_gradients(end)))]
+
+    def _kept(self, end: int) -> list[Change]:
+        """(until, ...): what is sent on stays to the end; behind `until` it is counted as saved."""
+        found: list[Change] = []
+        for storage, size in self._storages(self._crossing(end)).items():
+            saved, begun = self.saved(storage), self.begun(self.lives.births[storage])
+            found += [(position, lowest, reach, size) for position, lowest, reach in saved]
+            found.append((NEVER, saved[-1][2] if saved else 0, begun, size))
+        return found
+
+    def _head_gradients(self, end: int) -> list[Change]:
+        """(until, ...): gradients that a head gives stay to the end; behind `until` they are counted as waiting.
+
+        What crosses and no head reads gets none: it waits (a negative size) only before its last use in the stage.
+        """
+        found: list[Change] = []
+        for name in self._crossing(end):
+            gradient = self.lives.gradients.get(name)
+            if gradient is None:
+                continue
+            begun, readers = self.taking(gradient.depends), self._readers(end, name)
+            within = bisect_right(gradient.uses, self.ends[end])
+            last = gradient.uses[within - 1] if within else 0
+            found += self._held(name, end, 0, min(begun, readers))
+            found.append((max(last, gradient.birth + 1), min(begun, readers), begun, -gradient.size))
+        return found
+
+    def _held(self, name: str, end: int, begin: int, stop: int, through: int = NEVER) -> Iterator[Change]:
+        """The gradient of a value from an end: a use in the stage adds another one to it, into memory of its own.
+
+        Where there is no such use, the gradient of a view is the value's that it views, and that of a concatenation is
+        those of its parts. through: the operation by which it comes
+        """
+        gradient = self.lives.gradients[name]
+        inner = [use for use in gradient.uses if use <= self.ends[end] and use != through]
+        parts = [] if inner else self._parts(gradient.birth)
+        if not parts:
+            yield max([gradient.birth, *(use + 1 for use in inner)]), begin, stop, gradient.size
+        for part in parts:
+            known = self.lives.gradients.get(part.name)
+            taking = self.taking(known.depends) if known is not None and known.birth < gradient.birth else 0
+            middle = min(max(begin, taking), stop)
+            if known is not None:
+                yield from self._held(part.name, end, begin, middle, gradient.birth)
+            yield gradient.birth, middle, stop, self._size(part)
+
+    def _parts(self, position: int) -> list[fx.Node]:
+        """What an operation views whole or concatenates."""
+        node = self.nodes[position]
+        if node.target is torch.ops.aten.cat.default:
+            return [part for part in node.all_input_nodes if self._size(part)]
+        measures = self.graph.measures
+        whole = [s for s in node.all_input_nodes if measures[s.name].storages & measures[node.name].storages]
+        return whole if [self._size(s) for s in whole] == [self._size(node)] else []
+
+    def _size(self, node: fx.Node) -> int:
+        value = self.graph.measures[node.name].value
+        return value.num_bytes if value is not None else 0
+
+    def _readers(self, end: int, name: str) -> int:
+        """How many of the starts, from the first, begin a stage with a loss on this value at this end."""
+        if self.coupled_after or end == len(self.legal):
+            return len(self.starts)
+        for index, (read, threshold) in enumerate(self.legal[end].reads):
+            if read == name:
+                return self.begun(threshold) if index else len(self.starts)
+        return 0
+
+
+def _added(index: Tensor, values: Tensor, count: int) -> Tensor:
+    return torch.zeros(count, dtype=torch.int64).index_add_(0, index, values)
+
+
+def _rows(rows: Sequence[tuple[int, ...]], width: int) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, width).T.contiguous()
+
+
+def _between(rows: Tensor, first: int, last: int) -> Tensor:
+    """Of rows that are sorted by end those from one end to another."""
+    low, high = (int(place) for place in torch.searchsorted(rows[0], torch.tensor([first, last + 1])))
+    return rows[:, low:high]

@@ -1,0 +1,84 @@
+"""What the heads of one objective cost at every legal cut."""
+
+from __future__ import annotations
+
+import dataclasses
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autodecouple.objectives.objective import Objective
+from autodecouple.passes.candidates import Candidate
+from autodecouple.passes.measure import HeadCost, head_cost
+from autodecouple.passes.measuring.charges import HeadPrice
+from autodecouple.passes.measuring.stage_memory import HeadMemory
+from autodecouple.plans import TensorSpec
+
+
+@dataclass(frozen=True)
+class HeadRuns:
+    """Heads by end and range of starts: a longer stage may have to read more, so a cut may have several rows.
+
+    end, first, last: (rows,) the cut, rising, and the starts from first to last, as in `StageRuns`
+    price:            (rows,)
+    memory:           (rows,) each
+    """
+
+    end: Tensor
+    first: Tensor
+    last: Tensor
+    price: Tensor
+    memory: HeadMemory
+
+    def memory_from(self, start: int, first: int, last: int) -> HeadMemory:
+        """(ends,) of the stages from one start to each end from first to last."""
+        low, high = (int(row) for row in torch.searchsorted(self.end, torch.tensor([first, last + 1])))
+        rows = ((self.first[low:high] <= start) & (start <= self.last[low:high])).nonzero()[:, 0] + low
+        memory = torch.zeros(3, last - first + 1, dtype=torch.int64)
+        memory[:, self.end[rows] - first] = torch.stack([amount[rows] for amount in self.memory.amounts])
+        return HeadMemory(*memory)
+
+
+class HeadCosts:
+    """Asks for each head once: heads that read the same shapes cost the same."""
+
+    def __init__(self, legal: Sequence[Candidate], signal: TensorSpec, price: HeadPrice = head_cost) -> None:
+        self.legal = legal
+        self.starts = [0, *(candidate.position + 1 for candidate in legal)]
+        self.signal = signal
+        self.price = price
+        self._known: dict[Any, HeadCost] = {}
+
+    def cost(self, end: int, start: int, objective: Objective) -> HeadCost:
+        """Of the objective's head on what it reads at a legal cut, in a stage that begins at a position."""
+        if objective.name == "bp":
+            return HeadCost(0, 0, 0)
+        cut = self.legal[end].cut
+        assert cut is not None
+        specs = [cut.spec(name) for name in self.legal[end].features(start)]
+        key = id(objective), *((spec.shape, spec.dtype, spec.batch_dim) for spec in specs)
+        if key not in self._known:
+            features = [dataclasses.replace(spec, name="features") for spec in specs]
+            self._known[key] = self.price(objective, features, self.signal)
+        return self._known[key]
+
+    def runs(self, objective: Objective) -> HeadRuns:
+        """The heads at every legal cut."""
+        rows = [row for end in range(len(self.legal)) for row in self._rows(end, objective)]
+        end, first, last, price, *memory = torch.tensor(rows, dtype=torch.int64).reshape(-1, 7).T.contiguous()
+        return HeadRuns(end, first, last, price, HeadMemory(*memory))
+
+    def _rows(self, end: int, objective: Objective) -> Iterator[tuple[int, ...]]:
+        """A head reads more, the earlier its stage begins: at or before each of the thresholds of what it may read."""
+        reads, last = self.legal[end].reads, end
+        thresholds = sorted({threshold for _, threshold in reads[1:] if threshold >= 0}, reverse=True)
+        for start, following in zip((2**62, *thresholds), (*thresholds, -1), strict=True):
+            first = bisect_right(self.starts, following)
+            cost = self.cost(end, start, objective)
+            if first <= last:
+                yield end, first, last, cost.flops, cost.parameter_bytes, cost.largest_bytes, cost.peak_bytes
+            last = min(last, first - 1)

@@ -1,0 +1,98 @@
+"""What a run has shown of its stages, as costs of their nodes and heads."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from autodecouple.graph import Graph, Measure
+from autodecouple.objectives.objective import Objective
+from autodecouple.passes.measure import HeadCost, head_cost
+from autodecouple.passes.measuring.charges import Amount, Charge, charged
+from autodecouple.plans import Plan, StageSpec, TensorSpec
+from autodecouple.schedules.actions import Op
+from autodecouple.timeline import Timeline
+
+Seconds = Mapping[tuple[int, Op], float]
+
+
+def seconds_per_batch(timeline: Timeline) -> Seconds:
+    """Median seconds that a batch takes of each stage's forward, loss, backward and update, micro-batches together."""
+    sums: defaultdict[tuple[int, Op], defaultdict[int, float]] = defaultdict(lambda: defaultdict(float))
+    for span in timeline.spans:
+        sums[span.action.stage, span.action.op][span.batch] += span.seconds
+    return {key: statistics.median(batches.values()) for key, batches in sums.items()}
+
+
+def charge_observed(graph: Graph, plan: Plan, seconds: Seconds) -> Charge:
+    """Nanoseconds of every node and head at speed 1: the FLOPs, scaled to what their stage has taken.
+
+    A stage's forward and backward have a scale each, heads one for all of them. What the optimizer takes goes to the
+    nodes that use a parameter first, and to heads, by the bytes of the parameters.
+    """
+    updates = _updates(graph, plan, seconds)
+    amounts: dict[str, Amount] = {}
+    for stage in plan.stages:
+        coupled = stage.index > 0 and not plan.cuts[stage.index - 1].detached
+        amounts |= _amounts(graph.measures, stage, seconds, updates, coupled=coupled)
+    per_flop, per_byte = _scales_of_heads(plan, seconds)
+
+    def head(objective: Objective, features: Sequence[TensorSpec], signal: TensorSpec) -> HeadCost:
+        counted = head_cost(objective, features, signal)
+        return dataclasses.replace(counted, flops=round(counted.flops * per_flop + counted.parameter_bytes * per_byte))
+
+    criterion = round(_nanoseconds(plan.stages[-1], seconds, Op.LOSS))
+    return Charge(charged(graph, amounts), head, criterion, updates=updates)
+
+
+def _nanoseconds(stage: StageSpec, seconds: Seconds, op: Op) -> float:
+    """What a stage took, as it would on a lane of speed 1."""
+    return seconds.get((stage.index, op), 0.0) * 1e9 * stage.speed
+
+
+def _amounts(
+    measures: Mapping[str, Measure], stage: StageSpec, seconds: Seconds, updates: Mapping[str, int], *, coupled: bool
+) -> dict[str, Amount]:
+    start = -1 if coupled else measures[stage.nodes[0]].position
+    found = {name: measures[name] for name in stage.nodes}
+    forward = sum(measure.forward_flops for measure in found.values())
+    backward = sum(flops for measure in found.values() for at, flops in measure.backward_flops if at >= start)
+    # a stage without FLOPs has nothing to share by: every node is alike
+    per_forward = _nanoseconds(stage, seconds, Op.FORWARD) / (forward or len(found))
+    per_backward = _nanoseconds(stage, seconds, Op.BACKWARD) / (backward or 1)
+    return {
+        name: (
+            round((measure.forward_flops if forward else 1) * per_forward) + updates.get(name, 0),
+            tuple((at, round(flops * per_backward)) for at, flops in measure.backward_flops),
+        )
+        for name, measure in found.items()
+    }
+
+
+def _updates(graph: Graph, plan: Plan, seconds: Seconds) -> dict[str, int]:
+    """Nanoseconds of the optimizer, by the node that uses a parameter first."""
+    rates = {name: _per_byte([stage], seconds) for stage in plan.stages for name in stage.nodes}
+    found: dict[str, int] = {}
+    parameters = dict(graph.train.named_parameters(remove_duplicate=False))
+    for name, uses in graph.parameter_uses().items():
+        if uses:
+            node = graph.operations[min(uses)].name
+            parameter = parameters[name]
+            cost = parameter.numel() * parameter.element_size() * rates[node]
+            found[node] = found.get(node, 0) + round(cost)
+    return found
+
+
+def _per_byte(stages: Sequence[StageSpec], seconds: Seconds) -> float:
+    """Nanoseconds of the optimizer per byte of parameters, heads included."""
+    took = sum(_nanoseconds(stage, seconds, Op.UPDATE) for stage in stages)
+    return took / max(1, sum(stage.parameter_bytes + stage.head_parameter_bytes for stage in stages))
+
+
+def _scales_of_heads(plan: Plan, seconds: Seconds) -> tuple[float, float]:
+    """Nanoseconds per FLOP of the hidden stages' heads, and per byte of their parameters, all together."""
+    hidden = [stage for stage in plan.stages[:-1] if stage.head_flops > 0]
+    took = sum(_nanoseconds(stage, seconds, Op.LOSS) for stage in hidden)
+    return took / max(1, sum(stage.head_flops for stage in hidden)), _per_byte(hidden, seconds)
