@@ -164,6 +164,8 @@ def _border(cut: Cut) -> str:
         marks.append("coupled: the gradient comes back")
     if cut.copied:
         marks.append(f"copied: {', '.join(cut.copied)}")
+    if cut.recomputed:
+        marks.append(f"recomputed: {', '.join(cut.recomputed)}")
     return "\n+ ".join(map(str, crossing(cut))) + f"\n{'; '.join(marks)}"
 
 

@@ -24,7 +24,8 @@ class MemoryWalk:
     """Fills the tables of `StageMemory` in execution order.
 
     A vector over the starts holds what a stage that begins there has by now. Memory that was born before a start
-    belongs to what the stage was sent: it is there for the whole step, whoever saves it.
+    belongs to what the stage was sent: it is there for the whole step, whoever saves it. What the stage computes again
+    is born anew, where the stage first uses it.
 
     With a(p) what is saved up to position p, w(p) the gradients that wait there and g(p) those of the weights behind
     p, the backward takes the maximum of a(p) + w(p) + g(p) over the stage: on the way back a shrinks and g grows.
@@ -69,7 +70,7 @@ class MemoryWalk:
                 copies = self._copies(end)
                 backward = self._worst(end, worst) + sums[GRADIENTS]
                 row = (sums[WEIGHTS], sums[GRADIENTS], largest, sums[FROZEN], self._sent(end) + copies)
-                peaks = (sums[LIVE] + copies, forward, backward + copies)
+                peaks = (sums[LIVE] - self._dropped(end) + copies, forward, backward + copies)
                 rows.append(torch.stack([*row, *(received + peak for peak in peaks)]))
         return StageMemory(*torch.stack(rows, dim=1))
 
@@ -95,19 +96,33 @@ class MemoryWalk:
     def _list_values(self) -> None:
         lives = self.lives
         for storage, birth in lives.births.items():
-            begun, size = self._begun(birth), lives.sizes[storage]
-            self.before[birth].append((LIVE, 0, begun, size))
+            begun, size = 0, lives.sizes[storage]
+            for made in self._makes(storage):
+                self.before[made].append((LIVE, begun, self._begun(made), size))
+                begun = self._begun(made)
             saved = self._saved(storage)
             for position, lowest, reach in saved:
                 self.before[position].append((SAVED, lowest, reach, size))
             reach = saved[-1][2] if saved else 0
             self.after[lives.used.get(storage, birth)].append((LIVE, reach, begun, -size))
 
-    def _saved(self, storage: int) -> list[tuple[int, int, int]]:
+    def _makes(self, storage: int, end: int = NEVER) -> list[int]:
+        """Where memory is born, at the latest at an end: each time for the stages that begin behind the time before.
+
+        What is made for the model's output alone is born with the last operation.
+        """
+        birth, last = self.lives.births[storage], len(self.nodes) - 1
+        again = {min(use, last) for use in self.lives.makes.get(storage, ())}
+        return sorted(made for made in {birth, *again} if made <= end)
+
+    def _saved(self, storage: int, end: int = NEVER) -> list[tuple[int, int, int]]:
         """(first operation to save it, range of the starts for which that is so): later starts later operations."""
         found, reach, birth = [], 0, self.lives.births[storage]
         for position, depends in self.lives.saved.get(storage, ()):
-            begun = min(self._begun(birth), self._taking(depends))
+            if position > end:
+                break
+            born = position if storage in self.lives.makes else birth
+            begun = min(self._begun(born), self._taking(depends))
             if begun > reach:
                 found.append((position, reach, begun))
                 reach = begun
@@ -154,6 +169,17 @@ class MemoryWalk:
         for storage, size in self._storages(self._crossing(end)).items():
             sent[: self._begun(self.lives.births[storage])] += size
         return sent
+
+    def _dropped(self, end: int) -> Tensor:
+        """What is used behind an end and computed again there, unless this stage saves it for its own backward."""
+        dropped = torch.zeros(len(self.starts), dtype=torch.int64)
+        cut = self.legal[end].cut if end < len(self.legal) else None
+        names = cut.recomputed if cut is not None else ()
+        for storage in {s for name in names for s in self.graph.measures[name].storages if s in self.lives.makes}:
+            saved, position = self._saved(storage, self.ends[end]), self.ends[end]
+            reach, begun = saved[-1][2] if saved else 0, self._begun(self._makes(storage, position)[-1])
+            dropped[reach:begun] += self.lives.sizes[storage]
+        return dropped
 
     def _copies(self, end: int) -> int:
         """Bytes of what is cloned at a cut."""
