@@ -99,18 +99,18 @@ def _compute_again(work: fx.Graph, plan: Plan, by_name: dict[str, fx.Node]) -> l
 
     A stage begins with the copies for its head; all others stand before the first operation that reads them.
     """
-    again = _Again(work, plan)
-    for node in list(work.nodes):
-        stage = len(plan.cuts) if node.op == "output" else node.meta.get(STAGE, 0)
-        with work.inserting_before(node):
-            for source in node.all_input_nodes:
-                if (value := again.value(source, stage)) is not source:
-                    node.replace_input_with(source, value)
-    masks: list[dict[str, fx.Node]] = []
+    again, masks = _Again(work, plan), list[dict[str, fx.Node]]()
     for index, cut in enumerate(plan.cuts):
         with work.inserting_before(by_name[plan.stages[index].nodes[0]]):
-            found = again.value(by_name[cut.mask], index) if cut.mask in cut.recomputed else None
-        masks.append({str(cut.mask): found} if found is not None else {})
+            names = [cut.mask] if cut.mask in cut.recomputed else []
+            masks.append({name: again.value(by_name[name], index) for name in names if name is not None})
+    nodes = [node for node in work.nodes if node.op == "output" or STAGE in node.meta]
+    # From the last stage on: what is copied still reads what it read in the captured graph.
+    for node in sorted(nodes, key=again.stage, reverse=True):
+        with work.inserting_before(node):
+            for source in node.all_input_nodes:
+                if (value := again.value(source, again.stage(node))) is not source:
+                    node.replace_input_with(source, value)
     return masks
 
 
@@ -122,6 +122,9 @@ class _Again:
         self.order = {node: index for index, node in enumerate(work.nodes)}
         self.sent = [set[str](), *({spec.name for spec in cut.crossing} for cut in plan.cuts)]
         self.made: dict[tuple[fx.Node, int], fx.Node] = {}
+
+    def stage(self, node: fx.Node) -> int:
+        return int(node.meta.get(STAGE, len(self.sent) - 1))
 
     def value(self, node: fx.Node, stage: int) -> fx.Node:
         """A value as a stage has it: itself where the stage makes it or is sent it, else computed again."""

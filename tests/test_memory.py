@@ -287,11 +287,33 @@ class Replay:
         self.graph, self.start, self.stop, self.sent, self.read = graph, start, stop, sent, read
         self.positions = {node: position for position, node in enumerate(graph.operations)}
         self.born = {s: (p, size) for p, n in self._placed() for s, size in self.prints[n.name].born}
+        self.born |= self._born_again()
         self.held = {s for name in sent for s in graph.measures[name].storages} & set(self.born)
         self.saved = {
             s: [p for p, n in self._placed() if s in self.prints[n.name].saved and self._has_backward(n)]
             for s in self.born
         }
+
+    def _born_again(self) -> dict[int, tuple[int, int]]:
+        """Of what was computed before the stage and is not sent: where the stage computes it, and its size."""
+        found = {}
+        for node in self.graph.operations[: self.start]:
+            for storage, size in self.prints[node.name].born if self.measures[node.name].recomputed else ():
+                users = [user for n in self._holders(storage) for user in n.users]
+                at = [min(self.positions.get(user, 2**60), len(self.positions) - 1) for user in users]
+                found |= {storage: (use, size) for use in sorted(at, reverse=True) if self.start <= use < self.stop}
+        return found
+
+    def _holders(self, storage: int) -> list[fx.Node]:
+        return [n for n in self.graph.operations if storage in self.measures[n.name].storages]
+
+    def _uses(self, node: fx.Node, again: bool = False) -> list[int]:
+        """Where a value is read; of one that crosses, or with `again`, also where what is made of it again is read."""
+        found = [self.positions.get(user, 2**60) for user in node.users]
+        if again or not self.measures[node.name].recomputed:
+            users = [user for user in node.users if user in self.positions and self.measures[user.name].recomputed]
+            found += [use for user in users for use in self._uses(user, again=True)]
+        return found
 
     def _placed(self) -> list[tuple[int, fx.Node]]:
         return list(enumerate(self.nodes, self.start))
@@ -320,9 +342,7 @@ class Replay:
         """Memory that is needed at a position, or later, or by the backward."""
         total = 0
         for storage, (birth, size) in self.born.items():
-            holders = [n for n in self.nodes if storage in self.measures[n.name].storages]
-            users = [self.positions.get(user, 2**60) for n in holders for user in n.users]
-            needed = any(use >= now for use in users) or birth == now
+            needed = any(use >= now for n in self._holders(storage) for use in self._uses(n)) or birth == now
             total += size if birth <= now and (needed or self.saved[storage] or self._saved_later(storage)) else 0
         return total
 

@@ -60,7 +60,7 @@ class _Search:
             sources: dict[fx.Node, frozenset[fx.Node]] = {}
             for node in self.operations:
                 found = self._sources(node, sources)
-                if found is not None and sum(map(self._cost, found)) < self._bytes(node):
+                if found is not None and sum(map(self._bytes, found)) < self._bytes(node):
                     sources[node] = found
             shared = self._shared(sources)
             if not shared:
@@ -101,10 +101,6 @@ class _Search:
                 makers.setdefault(storage, node)
             crossing |= measure.storages if node not in recomputed else frozenset()
         return frozenset(storage for storage in crossing if makers[storage] in recomputed)
-
-    def _cost(self, source: fx.Node) -> int:
-        value = self.measures[source].value
-        return 0 if _is_number(value) else self._bytes(source)
 
     def _bytes(self, node: fx.Node) -> int:
         """What crosses with a value; a tuple cannot cross at all."""
