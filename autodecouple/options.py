@@ -56,6 +56,7 @@ class Wish:
     no_split: tuple[str, ...] = ()
     detach_classifier: bool | str = False
     plan: Plan | None = None
+    recompute: bool = False
 
     @staticmethod
     def checked(
@@ -69,6 +70,7 @@ class Wish:
         no_split: Sequence[str] = (),
         detach_classifier: bool | str = False,
         plan: Plan | None = None,
+        recompute: bool = False,
     ) -> Wish:
         """Raises InputError, PartitionError or PlanError for what can be refused without the model."""
         if cost != "flops":
@@ -89,7 +91,9 @@ class Wish:
             raise PlanError(f"the plan has {len(plan.stages)} stages, but n_stages={n_stages}")
         hidden = n_stages if detach_classifier and plan is None else n_stages - 1
         found = objectives.resolve(loss, hidden)
-        return Wish(n_stages, found, names, tuple(cut_at), memory_limit, tuple(no_split), detach_classifier, plan)
+        recompute = recompute or (plan is not None and plan.recompute)
+        levers = tuple(cut_at), memory_limit, tuple(no_split), detach_classifier
+        return Wish(n_stages, found, names, *levers, plan, recompute)
 
 
 @dataclass(frozen=True)

@@ -130,13 +130,17 @@ class StageSpec:
 
 @dataclass(frozen=True)
 class Plan:
-    """Stages in order and the cuts between them; a pure value that prints as a table and draws in a notebook."""
+    """Stages in order and the cuts between them; a pure value that prints as a table and draws in a notebook.
+
+    recompute: every stage keeps what it was sent and gives, and runs its forward again as a part of its backward
+    """
 
     stages: tuple[StageSpec, ...]
     cuts: tuple[Cut, ...] = ()
     model: str = ""
     inputs: tuple[TensorSpec, ...] = ()
     warnings: tuple[str, ...] = field(default=(), compare=False)
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         if len(self.cuts) != len(self.stages) - 1:

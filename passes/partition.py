@@ -29,6 +29,7 @@ def choose_cuts(
     cut_at: Sequence[str] = (),
     memory_limit: int | None = None,
     classifier: str | None = None,
+    recompute: bool = False,
 ) -> Plan:
     """The plan whose slowest stage is cheapest: FLOPs of forward, backward and head of a training step.
 
@@ -36,12 +37,13 @@ def choose_cuts(
     cut_at:       nodes or modules after which to cut; () leaves all cuts to the optimum
     memory_limit: bytes that a stage may take, parameters, gradients, optimizer state and activations together
     classifier:   node of one more cut, behind all others; what follows it is one more stage
+    recompute:    stages run their forward again for their backward instead of keeping their activations
     Raises PartitionError where no such plan exists, naming the maximum and the legal cuts; CutError for a cut_at where
     none is legal, naming the nearest legal ones.
     """
     check_n_stages(n_stages)
     legal = [candidate for candidate in candidates if candidate.cut is not None]
-    costs = StageCosts(graph, legal)
+    costs = StageCosts(graph, legal, recompute)
     count = n_stages + (classifier is not None)
     _check_possible(count, candidates, costs.most_stages(), graph.warnings)
     bodies = [costs.table(stage, objectives, memory_limit) for stage in range(count)]

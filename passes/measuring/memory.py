@@ -14,7 +14,7 @@ from autodecouple.passes.candidates import Candidate
 from autodecouple.passes.measuring.lifetimes import NEVER, Lifetimes, footprint_of
 from autodecouple.passes.measuring.stage_memory import StageMemory
 
-WEIGHTS, GRADIENTS, FROZEN, LIVE, SAVED, WAITING = range(6)
+WEIGHTS, GRADIENTS, FROZEN, LIVE, SAVED, WAITING, PASSING = range(7)
 
 Change = tuple[int, int, int, int]
 """(row, first start, end of the starts, bytes): what is added to a row of sums for these starts."""
@@ -50,8 +50,9 @@ class MemoryWalk:
         self._list_gradients()
 
     def tables(self) -> StageMemory:
-        sums = torch.zeros(6, len(self.starts), dtype=torch.int64)
-        largest, forward, received = sums[0].clone(), sums[0].clone(), self._received()
+        sums = torch.zeros(7, len(self.starts), dtype=torch.int64)
+        largest, forward, passing = sums[0].clone(), sums[0].clone(), sums[0].clone()
+        received, overwritten = self._received(), self._overwritten()
         worst = [torch.full_like(forward, -NEVER)]  # of a + w - g up to each position
         rows, rows_of = [], {position: end for end, position in enumerate(self.ends)}
         for position, footprint in enumerate(self.footprints):
@@ -59,6 +60,7 @@ class MemoryWalk:
             _apply(sums, self.before[position])
             largest[: self._begun(position)].clamp_(min=self.largest.get(position, 0))
             _raise(forward[:begun], sums[LIVE, :begun] + footprint.forward_bytes)
+            _raise(passing[:begun], sums[PASSING, :begun] + footprint.forward_bytes)
             now = sums[SAVED] + sums[WAITING] - sums[GRADIENTS]
             for threshold, size in footprint.backward_bytes:
                 now[: self._taking(threshold)] += size
@@ -69,9 +71,12 @@ class MemoryWalk:
                 end = rows_of[position]
                 copies = self._copies(end)
                 backward = self._worst(end, worst) + sums[GRADIENTS]
-                row = (sums[WEIGHTS], sums[GRADIENTS], largest, sums[FROZEN], self._sent(end) + copies)
+                sent = self._sent(end) + copies
+                row = (sums[WEIGHTS], sums[GRADIENTS], largest, sums[FROZEN], sent)
                 peaks = (sums[LIVE] - self._dropped(end) + copies, forward, backward + copies)
-                rows.append(torch.stack([*row, *(received + peak for peak in peaks)]))
+                again = (received + passing + overwritten, received + sent + overwritten)
+                beside = overwritten if self._is_consumed(end) else sent + overwritten
+                rows.append(torch.stack([*row, *(received + peak for peak in peaks), *again, beside]))
         return StageMemory(*torch.stack(rows, dim=1))
 
     def _begun(self, position: int) -> int:
@@ -98,13 +103,14 @@ class MemoryWalk:
         for storage, birth in lives.births.items():
             begun, size = 0, lives.sizes[storage]
             for made in self._makes(storage):
-                self.before[made].append((LIVE, begun, self._begun(made), size))
+                self.before[made] += [(row, begun, self._begun(made), size) for row in (LIVE, PASSING)]
                 begun = self._begun(made)
             saved = self._saved(storage)
             for position, lowest, reach in saved:
                 self.before[position].append((SAVED, lowest, reach, size))
             reach = saved[-1][2] if saved else 0
-            self.after[lives.used.get(storage, birth)].append((LIVE, reach, begun, -size))
+            used = lives.used.get(storage, birth)
+            self.after[used] += [(LIVE, reach, begun, -size), (PASSING, 0, begun, -size)]
 
     def _makes(self, storage: int, end: int = NEVER) -> list[int]:
         """Where memory is born, at the latest at an end: each time for the stages that begin behind the time before.
@@ -151,6 +157,17 @@ class MemoryWalk:
         """What a stage that begins at each start is sent."""
         sent = [{spec.name for spec in self.graph.inputs}, *map(self._crossing, range(len(self.legal)))]
         return torch.tensor([sum(self._storages(names).values()) for names in sent])
+
+    def _is_consumed(self, end: int) -> bool:
+        """Whether what is sent there is gone when the backward begins: a coupled stage has had its own by then."""
+        return self.coupled_after and end < len(self.legal)
+
+    def _overwritten(self) -> Tensor:
+        """What a stage that begins at each start copies, to run its forward twice: of coupled ones the body does so."""
+        writes = {s for node in self.nodes for s in self.graph.measures[node.name].writes}
+        inputs = self._storages({spec.name for spec in self.graph.inputs}).items()
+        copies = [0 if self.coupled_before else self._copies(end) for end in range(len(self.legal))]
+        return torch.tensor([sum(size for storage, size in inputs if storage in writes), *copies])
 
     def _crossing(self, end: int) -> set[str]:
         if end == len(self.legal):

@@ -28,11 +28,14 @@ class StageCosts:
 
     Rows are ends (each legal cut, then the model's end), columns are starts (the model's beginning, then the place
     after each legal cut).
+
+    recompute: a stage runs its forward again, for and as a part of its backward
     """
 
-    def __init__(self, graph: Graph, legal: Sequence[Candidate]) -> None:
+    def __init__(self, graph: Graph, legal: Sequence[Candidate], recompute: bool = False) -> None:
         self.graph = graph
         self.legal = legal
+        self.recompute = recompute
         self.cuts: list[Cut] = [candidate.cut for candidate in legal if candidate.cut is not None]
         self.nodes = graph.operations
         self.measures = [graph.measures[node.name] for node in self.nodes]
@@ -94,8 +97,9 @@ class StageCosts:
         rows, ends = [], set(self.ends)
         for position, measure in enumerate(self.measures):
             begun = bisect_right(self.starts, position)
-            everything = measure.forward_flops + sum(flops for _, flops in measure.backward_flops)
-            added = [measure.forward_flops, everything, self.trained[position]]
+            forward = measure.forward_flops * (1 + self.recompute)
+            everything = forward + sum(flops for _, flops in measure.backward_flops)
+            added = [forward, everything, self.trained[position]]
             if any(added):
                 sums[:, :begun] += torch.tensor(added, dtype=torch.int64)[:, None]
             for threshold, flops in measure.backward_flops:
@@ -132,7 +136,7 @@ class StageCosts:
         heads[2, -1] = self._criterion_bytes()
         if stage < len(objectives):
             heads[:, :-1] = self._head_tables(objectives[stage])[1:]
-        return self.memory(stage, objectives).step(HeadMemory(*heads))
+        return self.memory(stage, objectives).step(HeadMemory(*heads), self.recompute)
 
     def _needs(self, stage: int, objectives: Sequence[Objective]) -> torch.Tensor:
         """(ends, starts) bytes of a training step of stage number `stage`: `StageSpec.memory_bytes`."""
@@ -163,7 +167,7 @@ class StageCosts:
             for index, (begin, end) in enumerate(zip(begins, ends, strict=True))
         ]
         model = type(self.graph.model).__name__
-        return Plan(tuple(stages), cuts, model, self.graph.inputs, self.graph.warnings)
+        return Plan(tuple(stages), cuts, model, self.graph.inputs, self.graph.warnings, self.recompute)
 
     def _cut(self, begin: int, end: int, objective: Objective) -> Cut:
         """A legal cut as the end of the stage that begins there."""
@@ -191,7 +195,7 @@ class StageCosts:
             parameter_bytes=weights,
             head_parameter_bytes=head.parameter_bytes,
             frozen_bytes=int(memory.frozen[end, begin]),
-            activation_bytes=int(memory.activations[end, begin]),
+            activation_bytes=int((memory.resting if self.recompute else memory.activations)[end, begin]),
             optimizer_bytes=OPTIMIZER_STATES * (weights + head.parameter_bytes),
             step_bytes=int(self._step_bytes(index, objectives)[end, begin]),
             modules=whole_modules(self.nodes, start, stop),
@@ -202,7 +206,8 @@ class StageCosts:
     def _node_flops(self, position: int, start: int) -> tuple[int, int]:
         """FLOPs forward and backward of one node in a stage that begins at `start`; -1 asks for every gradient."""
         measure = self.measures[position]
-        return measure.forward_flops, sum(flops for threshold, flops in measure.backward_flops if threshold >= start)
+        backward = sum(flops for threshold, flops in measure.backward_flops if threshold >= start)
+        return measure.forward_flops, backward + self.recompute * measure.forward_flops
 
 
 def whole_modules(nodes: Sequence[fx.Node], start: int, stop: int) -> tuple[str, ...]:
