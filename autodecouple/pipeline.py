@@ -105,9 +105,7 @@ def _fit(plan: Plan, graph: Graph, candidates: tuple[Candidate, ...], wish: Wish
             kind = "detached" if cut.detached else "coupled"
             raise PlanError(f"the plan's cut after {cut.after!r} is {kind}, but its loss is {objective.name!r}")
     cuts = [cut.after for cut in plan.cuts]
-    fitted = choose_cuts(
-        graph, candidates, len(plan.stages), wish.objectives, cut_at=cuts, recompute=wish.recompute
-    )
+    fitted = choose_cuts(graph, candidates, len(plan.stages), wish.objectives, cut_at=cuts, recompute=wish.recompute)
     places = [(stage.lane, stage.device) for stage in plan.stages]
     if any(b[0] - a[0] not in (0, 1) for a, b in itertools.pairwise([(0, ""), *places])):
         raise PlanError(f"lanes must hold contiguous stages, counted from 0, but are {[lane for lane, _ in places]}")

@@ -236,12 +236,18 @@ def test_peaks_of_a_small_batch(name: str) -> None:
     check_peaks(name, 4)
 
 
+@pytest.mark.parametrize("name, loss", [("resnet", "supcon"), ("dropout", "bp"), ("unet", "supcon")])
+def test_peaks_where_the_forward_runs_twice(name: str, loss: str) -> None:
+    check_peaks(name, 32, loss, recompute=True)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("loss", ["supcon", "bp", "early_exit"])
 @pytest.mark.parametrize("rows", [3, 16, 96, 384])
 @pytest.mark.parametrize("name", CASES)
-def test_peaks_for_many_batches_and_losses(name: str, rows: int, loss: str) -> None:
-    check_peaks(name, rows, loss)
+def test_peaks_for_many_batches_and_losses(name: str, rows: int, loss: str, recompute: bool) -> None:
+    check_peaks(name, rows, loss, recompute)
 
 
 def check_activations(program: Program, n_stages: int) -> None:
@@ -303,7 +309,8 @@ class Replay:
             for storage, size in self.prints[node.name].born if self.measures[node.name].recomputed else ():
                 users = [user for n in self._holders(storage) for user in n.users]
                 at = [min(self.positions.get(user, 2**60), len(self.positions) - 1) for user in users]
-                found |= {storage: (use, size) for use in sorted(at, reverse=True) if self.start <= use < self.stop}
+                inside = [use for use in at if self.start <= use < self.stop]
+                found |= {storage: (min(inside), size)} if inside else {}
         return found
 
     def _holders(self, storage: int) -> list[fx.Node]:
@@ -337,15 +344,16 @@ class Replay:
                 total += value.numel() * value.element_size()
         return total
 
-    def forward(self) -> int:
-        return max(self._forward(p) + self.prints[n.name].forward_bytes for p, n in self._placed())
+    def forward(self, saving: bool = True) -> int:
+        return max(self._forward(p, saving) + self.prints[n.name].forward_bytes for p, n in self._placed())
 
-    def _forward(self, now: int) -> int:
+    def _forward(self, now: int, saving: bool) -> int:
         """Memory that is needed at a position, or later, or by the backward."""
         total = 0
         for storage, (birth, size) in self.born.items():
             needed = any(use >= now for n in self._holders(storage) for use in self._uses(n)) or birth == now
-            total += size if birth <= now and (needed or self.saved[storage] or self._saved_later(storage)) else 0
+            saved = saving and (self.saved[storage] or self._saved_later(storage))
+            total += size if birth <= now and (needed or saved) else 0
         return total
 
     def _saved_later(self, storage: int) -> bool:
@@ -399,6 +407,8 @@ def check_tables(graph: Graph) -> None:
             kept = int(walk._received()[begin])
             found = (int(tables.forward[end, begin]), int(tables.backward[end, begin]) - walk._copies(end))
             assert found == (kept + replay.forward(), kept + replay.backward()), f"{start} to {stop}"
+            again = int(tables.passing[end, begin] - walk._overwritten()[begin])
+            assert again == kept + replay.forward(saving=False), f"{start} to {stop}, without a backward"
 
 
 class Branches(nn.Module):

@@ -93,21 +93,19 @@ class Lifetimes:
         self._own()
 
     def _meet(self, node: fx.Node) -> None:
-        measure = self.graph.measures[node.name]
+        measure, at = self.graph.measures[node.name], self.needed[node]
         footprint = footprint_of(measure)
         for storage, size in footprint.born:
             self.sizes[storage], self.births[storage] = size, measure.position
         for storage in footprint.saved:
             self.saved[storage].append((measure.position, measure.depends))
         if measure.recomputed:
-            uses = {self.positions.get(user, len(self.positions)) for user in node.users}
+            at = {self.positions.get(user, len(self.positions)) for user in node.users}
             self.makes |= {storage: set() for storage, _ in footprint.born}
-        else:
-            uses = self.needed[node]
         for storage in measure.storages:
-            self.used[storage] = max(self.used.get(storage, -1), measure.position, *uses)
+            self.used[storage] = max(self.used.get(storage, -1), measure.position, *at)
             if storage in self.makes:
-                self.makes[storage] |= uses
+                self.makes[storage] |= at
         if node in self.positions and measure.value is not None and self._is_trained(node):
             uses = sorted(self.positions[user] for user in node.users if user.op != "output" and self._is_trained(user))
             self.gradients[node.name] = Gradient(
