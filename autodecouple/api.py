@@ -106,8 +106,10 @@ def compile(
         no_split=no_split,
         detach_classifier=detach_classifier,
         plan=plan,
+        recompute=recompute,
     )
-    training = check_training(Training(optimizer, scheduler, clip_grad_norm, accumulate, on_nonfinite, recompute))
+    training = Training(optimizer, scheduler, clip_grad_norm, accumulate, on_nonfinite, wish.recompute)
+    training = check_training(training)
     capturing = Capturing(mode, tuple(dynamic), tied)
     options = Options.checked(capturing, wish, training, criterion, schedule, executor, seed)
     decoupled = Decoupled(model if isinstance(model, Graph) else check_model(model), options)
@@ -146,6 +148,7 @@ def plan(
     mode: str = "train",
     dynamic: Sequence[int] = (),
     detach_classifier: bool | str = False,
+    recompute: bool = False,
 ) -> Plan:
     """Decide where to cut without building anything; arguments as for `compile`. Meta tensors compute nothing."""
     wish = Wish.checked(
@@ -157,6 +160,7 @@ def plan(
         memory_limit=memory_limit,
         no_split=no_split,
         detach_classifier=detach_classifier,
+        recompute=recompute,
     )
     how: dict[str, Any] = {"example_target": example_target, "mode": mode, "dynamic": dynamic}
     with _captured(model, example_inputs, tied, **how) as graph:

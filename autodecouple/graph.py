@@ -32,6 +32,7 @@ class Measure:
     depends:         the last position, up to this one, from which a trainable parameter's gradient path leads to its
                      value; -1 if none
     in_loss:         whether a gradient of the model's outputs comes back to it
+    recomputed:      whether later stages compute it again instead of being sent it
     """
 
     position: int
@@ -44,6 +45,7 @@ class Measure:
     activation_bytes: int = 0
     depends: int = -1
     in_loss: bool = True
+    recomputed: bool = False
 
     def carries_gradient(self, position: int) -> bool:
         return self.gradient_since is not None and self.gradient_since <= position

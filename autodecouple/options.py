@@ -62,6 +62,7 @@ class Wish:
     detach_classifier: bool | str = False
     plan: Plan | None = None
     cost: str = "flops"
+    recompute: bool = False
 
     @staticmethod
     def checked(
@@ -75,6 +76,7 @@ class Wish:
         no_split: Sequence[str] = (),
         detach_classifier: bool | str = False,
         plan: Plan | None = None,
+        recompute: bool = False,
     ) -> Wish:
         """Raises InputError, PartitionError or PlanError for what can be refused without the model."""
         if cost not in COSTS:
@@ -95,7 +97,9 @@ class Wish:
             raise PlanError(f"the plan has {len(plan.stages)} stages, but n_stages={n_stages}")
         hidden = n_stages if detach_classifier and plan is None else n_stages - 1
         found = objectives.resolve(loss, hidden)
-        return Wish(n_stages, found, lanes, tuple(cut_at), memory_limit, tuple(no_split), detach_classifier, plan, cost)
+        recompute = recompute or (plan is not None and plan.recompute)
+        levers = tuple(cut_at), memory_limit, tuple(no_split), detach_classifier
+        return Wish(n_stages, found, lanes, *levers, plan, cost, recompute)
 
 
 @dataclass(frozen=True)

@@ -88,10 +88,10 @@ def decide(graph: Graph, candidates: tuple[Candidate, ...], wish: Wish, example_
     """
     candidates = keep_whole(graph, candidates, wish.no_split) if wish.no_split else candidates
     if wish.cost == "flops":
-        plan = arrange(graph, candidates, wish, charge_flops(graph, lanes_of(wish)))
+        plan = arrange(graph, candidates, wish, charge_flops(graph, lanes_of(wish), wish.recompute))
     else:
         example = () if example_inputs is None else bind(graph, example_inputs)
-        charges = charge_nanoseconds(graph, candidates, lanes_of(wish), example)
+        charges = charge_nanoseconds(graph, candidates, lanes_of(wish), example, wish.recompute)
         plan = with_seconds(arrange(graph, candidates, wish, charges), charges, wish.objectives)
         plan = dataclasses.replace(plan, links=time_links(lanes_of(wish)))
     return dataclasses.replace(plan, warnings=(*plan.warnings, *_warnings(graph, plan)))
@@ -138,7 +138,8 @@ def _fit(plan: Plan, graph: Graph, candidates: tuple[Candidate, ...], wish: Wish
             kind = "detached" if cut.detached else "coupled"
             raise PlanError(f"the plan's cut after {cut.after!r} is {kind}, but its loss is {objective.name!r}")
     cuts = [cut.after for cut in plan.cuts]
-    fitted = choose_cuts(graph, candidates, len(plan.stages), wish.objectives, cut_at=cuts)
+    charges = (Charge(graph, recompute=wish.recompute),) * len(plan.stages)
+    fitted = choose_cuts(graph, candidates, len(plan.stages), wish.objectives, cut_at=cuts, charges=charges)
     places = [(stage.lane, stage.device) for stage in plan.stages]
     if any(b[0] - a[0] not in (0, 1) for a, b in itertools.pairwise([(0, ""), *places])):
         raise PlanError(f"lanes must hold contiguous stages, counted from 0, but are {[lane for lane, _ in places]}")

@@ -48,16 +48,17 @@ class TensorSpec:
 class Cut:
     """Where two stages meet.
 
-    after:    the last node before the cut
-    crossing: every value that travels to the next stage
-    carrying: those of them that carry a gradient, the one that most of the stage leads to first
-    features: those of `carrying` that the head reads: together they see every parameter of the stage
-    mask:     the one that says which tokens of the first features count, where there is one; `mask_meaning` says how:
-              "keep" or "ignore" them where True, or "additive" (0 where they count, negative elsewhere)
-    copied:   those cloned at the cut, since something later writes into their memory
-    module:   the module that ends here ("layer2.1"), "" inside one
-    detached: no gradient crosses; False couples the two stages as in backpropagation
-    encodes:  the head passes on a signal of its own, so the next stage's loss waits for it
+    after:      the last node before the cut
+    crossing:   every value that travels to the next stage
+    carrying:   those of them that carry a gradient, the one that most of the stage leads to first
+    features:   those of `carrying` that the head reads: together they see every parameter of the stage
+    mask:       the value that says which tokens of the first features count, where there is one; `mask_meaning` says
+                how: "keep" or "ignore" them where True, or "additive" (0 where they count, negative elsewhere)
+    copied:     those cloned at the cut, since something later writes into their memory
+    module:     the module that ends here ("layer2.1"), "" inside one
+    detached:   no gradient crosses; False couples the two stages as in backpropagation
+    encodes:    the head passes on a signal of its own, so the next stage's loss waits for it
+    recomputed: values that later stages use as well and compute again, of what crosses and what the model owns
     """
 
     after: str
@@ -70,6 +71,7 @@ class Cut:
     module: str = ""
     detached: bool = True
     encodes: bool = False
+    recomputed: tuple[str, ...] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -155,7 +157,11 @@ class Link:
 
 @dataclass(frozen=True)
 class Plan:
-    """Stages in order and the cuts between them; a pure value that prints as a table and draws in a notebook."""
+    """Stages in order and the cuts between them; a pure value that prints as a table and draws in a notebook.
+
+    links:     from each lane to the next, where they were measured
+    recompute: every stage keeps what it was sent and gives, and runs its forward again as a part of its backward
+    """
 
     stages: tuple[StageSpec, ...]
     cuts: tuple[Cut, ...] = ()
@@ -163,7 +169,7 @@ class Plan:
     inputs: tuple[TensorSpec, ...] = ()
     warnings: tuple[str, ...] = field(default=(), compare=False)
     links: tuple[Link, ...] = ()
-    """From each lane to the next, where they were measured."""
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         if len(self.cuts) != len(self.stages) - 1:

@@ -159,6 +159,8 @@ class Stage:
             assert gradients is not None
             if self.code.origin(name) in gradients:
                 passage.gradients[name] = gradients[self.code.origin(name)]
+        if passage.again is not None:
+            passage.values = {}  # what the first forward gave comes once more
         with passage.again() if passage.again is not None else contextlib.nullcontext(passage.values) as values:
             names = [name for name in passage.gradients if values[name].requires_grad]
             if names:

@@ -1,7 +1,7 @@
 """Where a cut is legal, what would cross there, and why it is not legal elsewhere.
 
 A cut after a node is legal when one to three tensors that carry a gradient cross and heads can read them. Everything
-else that crosses (masks, positions, integers) travels beside them.
+else that is used behind it (masks, positions, integers) travels beside them, or is computed again there.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from autodecouple.errors import CutError
 from autodecouple.graph import Graph, module_classes, module_path
 from autodecouple.passes.capturing.tied import way_out
 from autodecouple.passes.masks import find_mask
+from autodecouple.passes.measuring.recomputable import needed_at
 from autodecouple.passes.reach import Reach
 from autodecouple.plans import Cut, TensorSpec
 
@@ -90,7 +91,10 @@ def _extents(graph: Graph, name: str) -> list[tuple[int, int]]:
 
 
 class _Sweep:
-    """Walks the operations once, keeping the values that are still needed."""
+    """Walks the operations once, keeping the values that are still needed.
+
+    A value that is computed again crosses nowhere: what it is computed of is needed for as long as it is.
+    """
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
@@ -98,9 +102,9 @@ class _Sweep:
         self.measures = {node: graph.measures[node.name] for node in graph.train.graph.nodes if node.op != "output"}
         positions = {node: i for i, node in enumerate(self.operations)}
         end = len(self.operations)
-        self.last_use = {
-            node: max((positions.get(user, end) for user in node.users), default=-1) for node in self.measures
-        }
+        self.last_use = {node: max(at, default=-1) for node, at in needed_at(graph).items()}
+        for node in filter(self._is_recomputed, self.measures):
+            self.last_use[node] = max((positions.get(user, end) for user in node.users), default=-1)
         self.last_write: dict[int, int] = {}
         for position, node in enumerate(self.operations):
             for storage in self.measures[node].writes:
@@ -111,8 +115,7 @@ class _Sweep:
 
     def __iter__(self) -> Iterator[Candidate]:
         live = {node for node in self.measures if node.op == "placeholder" and self.last_use[node] >= 0}
-        before: frozenset[fx.Node] = frozenset()
-        twin = ""
+        before, twin = None, ""
         for position, node in enumerate(self.operations[:-1]):
             if self.last_use[node] > position:
                 live.add(node)
@@ -120,11 +123,15 @@ class _Sweep:
             self.reach.visit(node)
             candidate = self._candidate(position, node, live)
             if candidate.cut is not None:
-                if before == live:
+                now = candidate.cut.crossing, candidate.cut.mask
+                if before == now:
                     candidate = replace(candidate, cut=None, reason=f"the same cut as after {twin!r}", twin=twin)
                 else:
-                    before, twin = frozenset(live), node.name
+                    before, twin = now, node.name
             yield candidate
+
+    def _is_recomputed(self, node: fx.Node) -> bool:
+        return self.measures[node].recomputed
 
     def _candidate(self, position: int, node: fx.Node, live: set[fx.Node]) -> Candidate:
         ended = ended_modules(node, self.operations[position + 1])
@@ -134,8 +141,10 @@ class _Sweep:
             return Candidate(node.name, position, ended, None, reason)
         features = [value for value in carrying if not self._unreadable(value)]
         reads, blind = self.reach.thresholds(features, carrying, position)
-        values = sorted(live, key=lambda value: self.measures[value].position)
-        others = [(value, self._spec(value)) for value in values if value not in carrying]
+        used = sorted(live, key=lambda value: (self.measures[value].position, value.name))
+        values = [value for value in used if not self._is_recomputed(value)]
+        specs = [(value, self.measures[value].value) for value in used if value not in carrying]
+        others = [(value, spec) for value, spec in specs if spec is not None]
         mask, meaning = find_mask(self._spec(features[0]), others)
         cut = Cut(
             after=node.name,
@@ -146,6 +155,7 @@ class _Sweep:
             mask_meaning=meaning,
             copied=tuple(value.name for value in values if self._must_copy(value, position)),
             module=ended[0] if ended else "",
+            recomputed=tuple(value.name for value in used if self._is_recomputed(value)),
         )
         named = tuple((value.name, threshold) for value, threshold in zip(features, reads, strict=True))
         return Candidate(node.name, position, ended, cut, reads=named, blind=blind)
@@ -158,7 +168,7 @@ class _Sweep:
     def _reason(self, position: int, live: set[fx.Node], carrying: list[fx.Node]) -> str:
         if position in self.blocked:
             return self._reason_blocked(self.blocked[position])
-        tuples = [value.name for value in live if self.measures[value].value is None]
+        tuples = [v.name for v in live if self.measures[v].value is None and not self._is_recomputed(v)]
         if tuples:
             return f"{tuples[0]!r} is a tuple: cut at its items"
         if not carrying:

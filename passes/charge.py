@@ -20,13 +20,18 @@ from autodecouple.passes.partitioning.runs import FORBIDDEN
 from autodecouple.plans import Cut, Link, Plan, StageSpec
 
 
-def charge_flops(graph: Graph, devices: Sequence[Device]) -> tuple[Charge, ...]:
+def charge_flops(graph: Graph, devices: Sequence[Device], recompute: bool = False) -> tuple[Charge, ...]:
     """One charge per lane."""
-    return tuple(Charge(graph, speed=device.speed, memory_limit=device.memory_limit) for device in devices)
+    charge = Charge(graph, recompute=recompute)
+    return tuple(dataclasses.replace(charge, speed=lane.speed, memory_limit=lane.memory_limit) for lane in devices)
 
 
 def charge_nanoseconds(
-    graph: Graph, candidates: Sequence[Candidate], devices: Sequence[Device], example: Sequence[Any] = ()
+    graph: Graph,
+    candidates: Sequence[Candidate],
+    devices: Sequence[Device],
+    example: Sequence[Any] = (),
+    recompute: bool = False,
 ) -> tuple[Charge, ...]:
     """One charge per lane: every block between legal cuts is run on every device that is among them.
 
@@ -37,7 +42,8 @@ def charge_nanoseconds(
     for name in dict.fromkeys(device.name for device in devices):
         bench = bench_of(name, len(devices))
         amounts = time_nodes(graph, ends, bench, example)
-        timed[name] = Charge(charged(graph, amounts), HeadTimes(bench), time_criterion(graph, bench))
+        head, criterion = HeadTimes(bench), time_criterion(graph, bench)
+        timed[name] = Charge(charged(graph, amounts), head, criterion, recompute=recompute)
     return tuple(
         dataclasses.replace(timed[device.name], speed=device.speed, memory_limit=device.memory_limit)
         for device in devices
@@ -74,8 +80,9 @@ def stage_cost(plan: Plan, index: int, charge: Charge, objectives: Sequence[Obje
     stage, measures = plan.stages[index], charge.graph.measures
     start = measures[stage.nodes[0]].position if index == 0 or plan.cuts[index - 1].detached else -1
     update = sum(charge.updates.get(name, 0) for name in stage.nodes)
-    forward = sum(measures[name].forward_flops for name in stage.nodes) - update
-    backward = sum(cost for name in stage.nodes for at, cost in measures[name].backward_flops if at >= start)
+    amounts = [charge.amount(name) for name in stage.nodes]
+    forward = sum(amount for amount, _ in amounts) - update
+    backward = sum(cost for _, pairs in amounts for at, cost in pairs if at >= start)
     if index == len(plan.cuts):
         return forward, backward, charge.criterion, update
     return forward, backward, _head_cost(charge, plan.cuts[index], objectives[index]), update

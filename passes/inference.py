@@ -25,9 +25,9 @@ def emit_inference(graph: Graph, plan: Plan) -> fx.GraphModule | None:
     devices = [torch.device(stage.device) for stage in plan.stages]
     if graph.evaluation is None or len(set(devices)) == 1:
         return None
-    evaluation = dataclasses.replace(graph, train=graph.evaluation)
+    evaluation = annotate(dataclasses.replace(graph, train=graph.evaluation))
     homes = parameter_stages(graph, plan)
-    ends = _ends(annotate(evaluation), plan, homes)
+    ends = _ends(evaluation, plan, homes)
     return _Mover(evaluation, devices, homes, ends).module() if ends is not None else None
 
 
@@ -63,7 +63,8 @@ def _parts_memory(evaluation: Graph, position: int) -> bool:
 class _Mover:
     """Copies the graph operation by operation; behind every end, each value that is still needed changes its device.
 
-    Values go from stage to stage, not straight to their user: a stage in between may have written into them.
+    Values go from stage to stage, not straight to their user: a stage in between may have written into them. What
+    stages compute again does not go at all.
     """
 
     def __init__(
@@ -88,19 +89,30 @@ class _Mover:
             if now != device:
                 self._move(nodes[position:], now)
             device = now
-            self.current[node] = self.work.node_copy(node, functools.partial(self._read, device))
-            self.current[node].args = on_device(self.current[node].args, device)
-            self.current[node].kwargs = on_device(self.current[node].kwargs, device)
+            self._run(node, now)
         leaves = output_leaves(source.graph)
         self.work.output(tuple(self.current[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in leaves))
         root = {str(n.target): attribute(source, n) for n in self.work.find_nodes(op="get_attr")}
         return fx.GraphModule(root, self.work, "Inference")
 
+    def _run(self, node: fx.Node, device: torch.device) -> None:
+        self.current[node] = copy = self.work.node_copy(node, functools.partial(self._read, device))
+        copy.args, copy.kwargs = on_device(copy.args, device), on_device(copy.kwargs, device)
+
     def _move(self, behind: Sequence[fx.Node], device: torch.device) -> None:
-        """Bring what these operations read to the device."""
+        """Bring what these operations read to the device, or compute it there."""
         needed = {source for node in behind for source in node.all_input_nodes if source.op != "get_attr"}
+        for node in reversed(self.current):
+            if node in needed and self._is_recomputed(node):
+                needed.update(source for source in node.all_input_nodes if source.op != "get_attr")
         for node in [node for node in self.current if node in needed]:
-            self.current[node] = self.work.call_function(_to, (self.current[node], device))
+            if self._is_recomputed(node):
+                self._run(node, device)
+            else:
+                self.current[node] = self.work.call_function(_to, (self.current[node], device))
+
+    def _is_recomputed(self, node: fx.Node) -> bool:
+        return self.evaluation.measures[node.name].recomputed
 
     def _read(self, device: torch.device, node: fx.Node) -> fx.Node:
         """A value where it is now; a parameter of another stage as a copy, made once."""

@@ -1,4 +1,5 @@
-"""Put the plan into the graph: detach nodes at the cuts, head branches beside them, keyed random numbers.
+"""Put the plan into the graph: detach nodes at the cuts, head branches beside them, what stages compute again, keyed
+random numbers.
 
 The result is one runnable graph, forward(*inputs, target, randomness) -> (losses, outputs), in which every node knows
 its stage. Its losses are those of the stages; what crosses a detached cut carries no gradient.
@@ -31,7 +32,7 @@ ROLE = "autodecouple_role"
 """Key in a node's meta: "head" for what belongs to the stage's loss, "target" and "randomness" for the inputs that are
 not the model's, else absent."""
 ORIGIN = "autodecouple_origin"
-"""Key in the meta of a detached or copied value: the name under which the plan knows it."""
+"""Key in the meta of a value that was detached, copied or computed again: the name under which the plan knows it."""
 
 
 def insert_heads(graph: Graph, plan: Plan, heads: Sequence[nn.Module | None], criterion: nn.Module) -> fx.GraphModule:
@@ -50,13 +51,14 @@ def insert_heads(graph: Graph, plan: Plan, heads: Sequence[nn.Module | None], cr
     for name, index in stage_of.items():
         by_name[name].meta[STAGE] = index
     target, randomness = _add_inputs(work)
+    masks = _compute_again(work, plan, by_name)
     losses: list[fx.Node] = []
     signal = target
     for index, cut in enumerate(plan.cuts):
         last = by_name[plan.stages[index].nodes[-1]]
         with work.inserting_before(last.next):
             if heads[index] is not None:
-                loss, encoded = _branch(work, index, cut, by_name, signal)
+                loss, encoded = _branch(work, index, cut, by_name | masks[index], signal)
                 losses.append(loss)
                 signal = encoded if cut.encodes else signal
             _cross(work, index, cut, by_name)
@@ -90,6 +92,59 @@ def _add_inputs(work: fx.Graph) -> tuple[fx.Node, fx.Node]:
         added.append(last)
     target, randomness = added
     return target, randomness
+
+
+def _compute_again(work: fx.Graph, plan: Plan, by_name: dict[str, fx.Node]) -> list[dict[str, fx.Node]]:
+    """Let every stage compute what it uses of earlier ones and is not sent; the masks of its cuts, where they are so.
+
+    A stage begins with the copies for its head; all others stand before the first operation that reads them.
+    """
+    again, masks = _Again(work, plan), list[dict[str, fx.Node]]()
+    for index, cut in enumerate(plan.cuts):
+        with work.inserting_before(by_name[plan.stages[index].nodes[0]]):
+            names = [cut.mask] if cut.mask in cut.recomputed else []
+            masks.append({name: again.value(by_name[name], index) for name in names if name is not None})
+    nodes = [node for node in work.nodes if node.op == "output" or STAGE in node.meta]
+    # From the last stage on: what is copied still reads what it read in the captured graph.
+    for node in sorted(nodes, key=again.stage, reverse=True):
+        with work.inserting_before(node):
+            for source in node.all_input_nodes:
+                if (value := again.value(source, again.stage(node))) is not source:
+                    node.replace_input_with(source, value)
+    return masks
+
+
+class _Again:
+    """The copies of operations that later stages run again, one of each in a stage."""
+
+    def __init__(self, work: fx.Graph, plan: Plan) -> None:
+        self.work = work
+        self.order = {node: index for index, node in enumerate(work.nodes)}
+        self.sent = [set[str](), *({spec.name for spec in cut.crossing} for cut in plan.cuts)]
+        self.made: dict[tuple[fx.Node, int], fx.Node] = {}
+
+    def stage(self, node: fx.Node) -> int:
+        return int(node.meta.get(STAGE, len(self.sent) - 1))
+
+    def value(self, node: fx.Node, stage: int) -> fx.Node:
+        """A value as a stage has it: itself where the stage makes it or is sent it, else computed again."""
+        for missing in self._missing(node, stage):
+            made = self.work.node_copy(missing, lambda source: self.made.get((source, stage), source))
+            made.meta |= {STAGE: stage, ORIGIN: missing.name}
+            self.made[missing, stage] = made
+        return self.made.get((node, stage), node)
+
+    def _missing(self, node: fx.Node, stage: int) -> list[fx.Node]:
+        """What the stage has to run again for a value, in execution order."""
+        found: dict[fx.Node, None] = {}
+        waiting = [node]
+        while waiting:
+            now = waiting.pop()
+            had = now.meta.get(STAGE, stage) == stage or now.name in self.sent[stage] or (now, stage) in self.made
+            if not had and now not in found:
+                found[now] = None
+                waiting += now.all_input_nodes
+        return sorted(found, key=lambda missing: self.order[missing])
 
 
 def _branch(

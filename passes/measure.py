@@ -23,6 +23,7 @@ from autodecouple.objectives.objective import Objective
 from autodecouple.passes.measuring.flops import flop_counter
 from autodecouple.passes.measuring.lifetimes import Footprint, Measured
 from autodecouple.passes.measuring.profile import PeakMemory, Profile, Profiler, Workspaces, keyed
+from autodecouple.passes.measuring.recomputable import mark_recomputed
 from autodecouple.plans import TensorSpec
 
 aten = torch.ops.aten
@@ -34,7 +35,7 @@ def annotate(graph: Graph) -> Graph:
     FLOPs follow torch's flop counter (see `flop_counter`), memory what autograd saves; operations that draw random
     numbers count as training runs them, with keyed ones.
     """
-    return dataclasses.replace(graph, measures=_FakeRun(graph).measures())
+    return dataclasses.replace(graph, measures=mark_recomputed(graph, _FakeRun(graph).measures()))
 
 
 @dataclass(frozen=True)

@@ -43,10 +43,10 @@ def choose_cuts(
     """
     check_n_stages(n_stages)
     legal = [candidate for candidate in candidates if candidate.cut is not None]
-    costs = StageCosts(graph, legal)
     count = n_stages + (classifier is not None)
-    _check_possible(count, candidates, costs.most_stages(), graph.warnings)
     charges = charges or (Charge(graph),) * count
+    costs = StageCosts(graph, legal, Charge(graph, recompute=charges[0].recompute))
+    _check_possible(count, candidates, costs.most_stages(), graph.warnings)
     limits = [charge.limit(memory_limit) for charge in charges]
     stages = _charged(costs, charges, objectives)
     if classifier is not None:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from hypothesis import reject
 from hypothesis import strategies as st
+from side_values import WIDTH, Sides
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-WIDTH = 8
 FORMS = ("image", "flat", "tokens", "swapped")
 SHAPES = {"image": (4, 4, 4), "flat": (WIDTH,), "tokens": (2, 4), "swapped": (2, 4)}
 
@@ -28,7 +28,7 @@ STEPS = {
     "image": ("conv", "conv_frozen", "grouped", "batch_norm", "dropout2d", "cat", "flatten"),
     "flat": (
         *("linear", "linear_frozen", "shared", "batch_norm", "layer_norm", "dropout", "cat", "chunk"),
-        *("transposed", "scale", "mask", "tokens", "wasted", "reuse", "size"),
+        *("transposed", "scale", "mask", "tokens", "wasted", "reuse", "size", "side"),
     ),
     "tokens": ("linear", "layer_norm", "dropout", "attention", "join", "swap"),
     "swapped": ("linear", "swap", "lstm"),
@@ -87,6 +87,7 @@ class Walk(nn.Module):
         self.layers = nn.ModuleDict()
         self.shared = nn.Linear(WIDTH, WIDTH)
         self.register_buffer("counter", torch.zeros(()))
+        self.register_buffer("table", torch.arange(2.0 * WIDTH).view(2, WIDTH))
         self.saved_forms: list[str] = []
         form = program.start
         for index, (kind, pick) in enumerate(program.steps):
@@ -102,10 +103,14 @@ class Walk(nn.Module):
         if scale is not None and scale.dtype == torch.bool:  # positional, without a scale before it
             scale, mask = None, scale
         form, saved = self.program.start, {form: [] for form in FORMS}
+        sides = Sides(x, self.table) if "side" in self.program.kinds else None
         for index, (kind, pick) in enumerate(self.program.steps):
             name = f"{kind}_{index}"
             layer = self.layers[name] if name in self.layers else None  # noqa: SIM401 - a ModuleDict has no get
-            x = self._step(kind, pick, x, form, saved[form], layer, scale, mask)
+            if sides is not None and kind == "side":
+                x = sides.join(x, pick)
+            else:
+                x = self._step(kind, pick, x, form, saved[form], layer, scale, mask)
             form = LEADS.get((form, kind), form)
         if form == "swapped":
             x = x.transpose(0, 1)

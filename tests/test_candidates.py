@@ -80,11 +80,25 @@ class Oracle:
         self.written = {name for name, b in self.model.named_buffers() if not torch.equal(b, before[name])}
         self.seven.run(*leaves(program.inputs(7)))
         self.positions = {node: i for i, node in enumerate(self.four.operations)}
+        self.nodes = {node.name: node for node in self.train.graph.nodes}
+        self.again = {name for name, measure in self.graph.measures.items() if measure.recomputed}
         twin = program.model()
         touch(program.call(twin)).backward()
         self.trained = {name for name, p in twin.named_parameters() if p.grad is not None}
 
     def crossing(self, position: int) -> set[str]:
+        """What exists at a place and is used behind it, parameters and buffers aside; in the place of what is computed
+        again, what that is computed of."""
+        found, waiting = set[str](), [self.nodes[name] for name in self.used(position)]
+        while waiting:
+            node = waiting.pop()
+            if node.name in self.again:
+                waiting += [source for source in node.all_input_nodes if source.op != "get_attr"]
+            else:
+                found.add(node.name)
+        return found
+
+    def used(self, position: int) -> set[str]:
         """What exists at a place and is used behind it, parameters and buffers aside."""
         found = set()
         for node in self.train.graph.nodes:
@@ -152,12 +166,37 @@ class Oracle:
             for name in features[1:]:
                 assert inside & seen[name], f"{name} is read for nothing"
 
+    def check_recomputed(self, place: Candidate) -> None:
+        """What is not sent is what it was, when it is computed of what is sent; and less is sent than without."""
+        assert place.cut is not None
+        sent = {spec.name: self.four.values[spec.name] for spec in place.cut.crossing}
+        for name in place.cut.recomputed:
+            found = self.compute(self.nodes[name], sent)
+            assert equal_values(found, self.four.values[name]), f"{name} at the cut after {place.node}"
+            assert not any(moment[name].carries for moment in self.four.moments if name in moment)
+        without = [self.graph.measures[name].value for name in self.used(place.position)]
+        assert None in without or place.cut.num_bytes <= sum(spec.num_bytes for spec in without if spec is not None)
+
+    def compute(self, node: fx.Node, sent: dict[str, Any]) -> Any:
+        """A value of what was sent and what the model owns, at the end of the run."""
+        if node.name in sent:
+            return sent[node.name]
+        if node.op == "get_attr":
+            return attribute(self.train, node)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: self.compute(source, sent))
+        assert callable(node.target), f"{node.name} was not sent"
+        return node.target(*args, **kwargs)
+
     def copied(self, position: int) -> set[str]:
         """What is written into later, or lies in a parameter or buffer."""
         now = self.four.moments[position]
         owned = {t.untyped_storage().data_ptr() for t in (*self.model.parameters(), *self.model.buffers())}
         tensors = [name for name in self.crossing(position) if name in now]
         return {name for name in tensors if self.written_later(name, position) or now[name].memory in owned}
+
+
+def equal_values(a: Any, b: Any) -> bool:
+    return torch.equal(a, b) if isinstance(b, Tensor) else bool(a == b)
 
 
 def check(program: Program) -> None:
@@ -174,6 +213,8 @@ def check(program: Program) -> None:
             assert crossing == last, "a twin repeats the cut before it"
         if place.cut is not None:
             assert {spec.name for spec in place.cut.crossing} == crossing
+            assert set(place.cut.recomputed) == oracle.used(place.position) & oracle.again
+            oracle.check_recomputed(place)
             carrying = oracle.carrying(place.position)
             assert set(place.cut.carrying) == carrying
             oracle.check_reads(place, carrying)

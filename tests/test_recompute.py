@@ -11,6 +11,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from training_tools import assert_same, compiled, make_batches, sgd, train
 
 import autodecouple
+from autodecouple import Plan
+from autodecouple.errors import PartitionError
+from autodecouple.passes.measuring.flops import flop_counter
 from autodecouple.schedules import GPipe, MicroBatched
 
 
@@ -76,3 +79,78 @@ def test_activations_are_not_kept() -> None:
         x, y = make_batches("norm", [8])[0]
         decoupled.train_step(x, y)
     assert counts == [0] and saved, "first nothing, then all of it"
+
+
+def perceptron() -> nn.Sequential:
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 16)) for _ in range(4)]
+    return nn.Sequential(*blocks, nn.Linear(16, 3))
+
+
+@pytest.mark.parametrize("loss", ["supcon", "bp"])
+def test_the_plan_counts_the_second_forward(loss: str) -> None:
+    """It is a part of the backward: FLOPs by torch's own counter over the actions of a step."""
+    x, y = torch.randn(32, 16), torch.arange(32) % 3
+    options: dict[str, Any] = {"schedule": "sequential", "optimizer": sgd, "devices": ["cpu"]}
+    with autodecouple.compile(perceptron(), 2, loss, example_inputs=x, recompute=True, **options) as decoupled:
+        counted = [0, 0]
+        for stage in decoupled.stages:
+            stage.backward = count(stage.backward, counted, stage.index)  # type: ignore[method-assign]
+        decoupled.train_step(x, y)
+        assert [stage.backward_flops for stage in decoupled.plan.stages] == counted
+    once = autodecouple.plan(perceptron(), x, 2, loss, cut_at=[cut.after for cut in decoupled.plan.cuts])
+    for stage, kept in zip(decoupled.plan.stages, once.stages, strict=True):
+        assert stage.forward_flops == kept.forward_flops
+        assert stage.flops == kept.flops + kept.forward_flops
+        assert stage.activation_bytes < kept.activation_bytes
+
+
+def count(run: Any, counted: list[int], index: int) -> Any:
+    def counting(*given: Any) -> Any:
+        with flop_counter() as counter:
+            result = run(*given)
+        counted[index] += counter.get_total_flops()
+        return result
+
+    return counting
+
+
+def test_the_plan_keeps_it() -> None:
+    """In its JSON, in what it prints, and when it is built: the plan is the whole decision."""
+    x = torch.randn(8, 16)
+    plan = autodecouple.plan(perceptron(), x, 2, recompute=True)
+    assert plan.recompute and Plan.from_json(plan.to_json()) == plan
+    assert "runs its forward again" in str(plan)
+    assert not autodecouple.plan(perceptron(), x, 2).recompute
+    with autodecouple.compile(perceptron(), 2, example_inputs=x, plan=plan, schedule="sequential") as decoupled:
+        assert decoupled.plan.recompute and all(stage.training.recompute for stage in decoupled.stages)
+        assert decoupled.plan.stages[0].flops == plan.stages[0].flops
+
+
+def test_the_limit_counts_what_the_plan_prints() -> None:
+    x = torch.randn(64, 16)
+    plan = autodecouple.plan(perceptron(), x, 2, recompute=True)
+    most = max(stage.memory_bytes for stage in plan.stages)
+    cuts = [cut.after for cut in plan.cuts]
+    assert autodecouple.plan(perceptron(), x, 2, recompute=True, cut_at=cuts, memory_limit=most) == plan
+    with pytest.raises(PartitionError, match="memory_limit"):
+        autodecouple.plan(perceptron(), x, 2, recompute=True, cut_at=cuts, memory_limit=most - 1)
+
+
+def test_what_the_first_forward_gave_is_not_kept_beside_the_second() -> None:
+    """A stage held its results until its backward was done, although the second forward makes them again."""
+    decoupled = compiled("norm", 2, "bp", recompute=True, schedule=GPipe(num_micro_batches=2))
+    seen: list[int] = []
+    with decoupled:
+        stage = decoupled.stages[0]
+        backward = stage.backward
+
+        def watched(work: Any, micro_batch: int, gradients: Any) -> Any:
+            passage = work.passages[micro_batch]
+            result = backward(work, micro_batch, gradients)
+            seen.append(len(passage.values))
+            return result
+
+        stage.backward = watched  # type: ignore[method-assign]
+        decoupled.train_step(*make_batches("norm", [8])[0])
+    assert seen == [0, 0]

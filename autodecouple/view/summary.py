@@ -93,7 +93,9 @@ def plan_notes(plan: Plan) -> tuple[str, ...]:
     speedup = f"{predicted_speedup(plan)} with a lane per stage"
     if len(plan.lanes) < len(plan.stages):
         speedup += f", {_limit(plan)}{on_lanes:.2f}x on the {units.count(len(plan.lanes), 'lane')} of this plan"
-    return (f"balance {plan.balance:.2f} (mean stage / slowest stage; 1.00 is perfect)", speedup, _bottleneck(plan))
+    balance = f"balance {plan.balance:.2f} (mean stage / slowest stage; 1.00 is perfect)"
+    again = ("every stage runs its forward again, as a part of its backward",) if plan.recompute else ()
+    return (balance, speedup, _bottleneck(plan), *again)
 
 
 def timeline_note(timeline: Timeline) -> str:
@@ -179,6 +181,8 @@ def _border(cut: Cut) -> str:
         marks.append("coupled: the gradient comes back")
     if cut.copied:
         marks.append(f"copied: {', '.join(cut.copied)}")
+    if cut.recomputed:
+        marks.append(f"recomputed: {', '.join(cut.recomputed)}")
     return "\n+ ".join(map(str, crossing(cut))) + f"\n{'; '.join(marks)}"
 
 

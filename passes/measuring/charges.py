@@ -33,6 +33,7 @@ class Charge:
     speed:        of the lane, relative to the others
     memory_limit: bytes that a stage there may take
     updates:      part of the forward of some nodes, by their names: what the optimizer takes
+    recompute:    stages run their forward again for their backward instead of keeping their activations
     """
 
     graph: Graph
@@ -41,11 +42,15 @@ class Charge:
     speed: float = 1.0
     memory_limit: int | None = None
     updates: Mapping[str, int] = field(default_factory=dict)
+    recompute: bool = False
 
     def amount(self, name: str) -> Amount:
-        """Of a node, by its name."""
+        """Of a node, by its name; a second forward is a part of the backward, wherever the stage begins."""
         measure = self.graph.measures[name]
-        return measure.forward_flops, measure.backward_flops
+        forward, backward = measure.forward_flops, measure.backward_flops
+        if self.recompute:
+            backward += ((measure.position, forward - self.updates.get(name, 0)),)
+        return forward, backward
 
     def limit(self, other: int | None) -> int | None:
         """The tighter of the lane's limit and another one."""
@@ -97,4 +102,5 @@ def average(charges: Sequence[Charge]) -> Charge:
     limits = [charge.memory_limit for charge in charges]
     loosest = None if None in limits else max(limit for limit in limits if limit is not None)
     criterion = total([charge.criterion for charge in charges])
-    return Charge(charged(charges[0].graph, amounts), head, criterion, memory_limit=loosest)
+    graph, recompute = charged(charges[0].graph, amounts), charges[0].recompute
+    return Charge(graph, head, criterion, memory_limit=loosest, recompute=recompute)

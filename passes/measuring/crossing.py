@@ -33,6 +33,7 @@ class Crossing:
         self.ends = [*(candidate.position for candidate in legal), len(self.nodes) - 1]
         self.positions = torch.tensor(self.ends)
         self._saved: dict[int, list[tuple[int, int, int]]] = {}
+        self._made: dict[int, list[int]] = {}
 
     def begun(self, position: int) -> int:
         """How many of the starts lie at or before a position."""
@@ -42,12 +43,23 @@ class Crossing:
         """How many of the starts begin a stage in which what depends on this position takes a gradient."""
         return len(self.starts) if self.coupled_before else self.begun(depends)
 
+    def makes(self, storage: int) -> list[int]:
+        """Where memory is born: each time for the stages that begin behind the time before.
+
+        What is made for the model's output alone is born with the last operation.
+        """
+        if storage not in self._made:
+            again = {min(use, len(self.nodes) - 1) for use in self.lives.makes.get(storage, ())}
+            self._made[storage] = sorted({self.lives.births[storage], *again})
+        return self._made[storage]
+
     def saved(self, storage: int) -> list[tuple[int, int, int]]:
         """(first operation to save it, range of the starts for which that is so): later starts later operations."""
         if storage not in self._saved:
-            found, reach, born = [], 0, self.begun(self.lives.births[storage])
+            found, reach, birth = [], 0, self.lives.births[storage]
             for position, depends in self.lives.saved.get(storage, ()):
-                begun = min(born, self.taking(depends))
+                born = position if storage in self.lives.makes else birth
+                begun = min(self.begun(born), self.taking(depends))
                 if begun > reach:
                     found.append((position, reach, begun))
                     reach = begun
@@ -83,6 +95,42 @@ class Crossing:
         """(end, end of the starts, bytes) of what crosses there and was made in the stage."""
         storages = self._storages(self._crossing(end))
         return [(end, self.begun(self.lives.births[storage]), size) for storage, size in storages.items()]
+
+    def dropped(self, begin: int, first: int, last: int) -> Tensor:
+        """(ends,) what is used behind each end and computed again there, unless the stage saves it for its backward."""
+        end, lowest, reach, size = (
+            _between(self._dropped_changes, first, last) if first < last else _rows(self._drops(first), 4)
+        )
+        return _added(end - first, torch.where((lowest <= begin) & (begin < reach), size, 0), last - first + 1)
+
+    @cached_property
+    def _dropped_changes(self) -> Tensor:
+        return _rows([row for end in range(len(self.ends)) for row in self._drops(end)], 4)
+
+    def _drops(self, end: int) -> list[tuple[int, ...]]:
+        """(end, first start, end of the starts, bytes)."""
+        cut = self.legal[end].cut if end < len(self.legal) else None
+        names = cut.recomputed if cut is not None else ()
+        storages = {s for name in names for s in self.graph.measures[name].storages if s in self.lives.makes}
+        return [(end, *self._unsaved(storage, self.ends[end]), self.lives.sizes[storage]) for storage in storages]
+
+    def _unsaved(self, storage: int, end: int) -> tuple[int, int]:
+        """The starts of the stages with an end there that make this memory and do not save it."""
+        saved, makes = self.saved(storage), self.makes(storage)
+        known = bisect_right(saved, end, key=lambda row: row[0])
+        return saved[known - 1][2] if known else 0, self.begun(makes[bisect_right(makes, end) - 1])
+
+    def consumed(self, first: int, last: int) -> Tensor:
+        """(ends,) whether what is sent is gone when the backward begins: a coupled stage has had its own by then."""
+        return torch.tensor([self.coupled_after and end < len(self.legal) for end in range(first, last + 1)])
+
+    def overwritten(self, begin: int) -> int:
+        """What a stage that begins there copies, to run its forward twice: of coupled ones the body does so."""
+        if begin:
+            return 0 if self.coupled_before else self._copied(begin - 1)
+        writes = {storage for node in self.nodes for storage in self.graph.measures[node.name].writes}
+        inputs = self._storages({spec.name for spec in self.graph.inputs})
+        return sum(size for storage, size in inputs.items() if storage in writes)
 
     def copies(self, first: int, last: int) -> Tensor:
         """(ends,) bytes of what is cloned at each cut."""

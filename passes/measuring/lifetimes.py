@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, fx, nn
 
 from autodecouple.graph import Graph, Measure
+from autodecouple.passes.measuring.recomputable import needed_at
 
 NEVER = 2**60
 """A position behind every other."""
@@ -67,7 +68,8 @@ class Lifetimes:
 
     sizes, births: of each storage, its bytes and birth (-1 for inputs)
     saved, used:   of each storage, the operations that save it for their backward (with the last start of a stage
-                   which has such a backward), and the last operation that uses it
+                   which has such a backward), and the last operation whose stage needs it
+    makes:         of each storage that stages behind its birth make again, the operations for which they do
     gradients:     by the names of the values that get one
     weights:       (bytes, first use, last use) of each trainable parameter
     frozen:        (bytes, uses) of every other tensor that the model owns; twice the bytes where the forward writes it
@@ -80,6 +82,8 @@ class Lifetimes:
         self.births: dict[int, int] = {}
         self.saved: dict[int, list[tuple[int, int]]] = defaultdict(list)
         self.used: dict[int, int] = {}
+        self.makes: dict[int, set[int]] = {}
+        self.needed = needed_at(graph)
         self.gradients: dict[str, Gradient] = {}
         for node in graph.train.graph.nodes:
             if node.op not in ("get_attr", "output"):
@@ -89,15 +93,19 @@ class Lifetimes:
         self._own()
 
     def _meet(self, node: fx.Node) -> None:
-        measure = self.graph.measures[node.name]
+        measure, at = self.graph.measures[node.name], self.needed[node]
         footprint = footprint_of(measure)
         for storage, size in footprint.born:
             self.sizes[storage], self.births[storage] = size, measure.position
         for storage in footprint.saved:
             self.saved[storage].append((measure.position, measure.depends))
-        last = max((self.positions.get(user, NEVER) for user in node.users), default=measure.position)
+        if measure.recomputed:
+            at = {self.positions.get(user, len(self.positions)) for user in node.users}
+            self.makes |= {storage: set() for storage, _ in footprint.born}
         for storage in measure.storages:
-            self.used[storage] = max(last, self.used.get(storage, -1))
+            self.used[storage] = max(self.used.get(storage, -1), measure.position, *at)
+            if storage in self.makes:
+                self.makes[storage] |= at
         if node in self.positions and measure.value is not None and self._is_trained(node):
             uses = sorted(self.positions[user] for user in node.users if user.op != "output" and self._is_trained(user))
             self.gradients[node.name] = Gradient(
@@ -125,5 +133,5 @@ class Lifetimes:
         for node, value in self.graph.owned.items():
             if isinstance(value, Tensor):
                 tensors[id(value)] = value, self.graph.measures[node.name].storages
-                uses[id(value)] += [self.positions[user] for user in node.users if user in self.positions]
+                uses[id(value)] += [at for at in self.needed[node] if at < len(self.positions)]
         return tensors, uses

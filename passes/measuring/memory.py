@@ -13,8 +13,9 @@ from autodecouple.passes.measuring.crossing import Crossing
 from autodecouple.passes.measuring.lifetimes import Footprint, Lifetimes, footprint_of
 from autodecouple.passes.measuring.stage_memory import StageMemory
 
-WEIGHTS, GRADIENTS, FROZEN, LIVE, GONE, SAVED, WAITING, WORKING = range(8)
-"""What changes with an operation. GONE comes off LIVE after it; WORKING is there during its backward only."""
+WEIGHTS, GRADIENTS, FROZEN, LIVE, GONE, PASSED, SAVED, WAITING, WORKING = range(9)
+"""What changes with an operation. GONE comes off LIVE after it, or PASSED where a forward saves nothing for a backward;
+WORKING is there during its backward only."""
 
 Change = tuple[int, int, int, int, int]
 """(position, row, first start, end of the starts, bytes): what is added from there on for stages with these starts."""
@@ -24,7 +25,8 @@ class MemoryWalk:
     """Fills `StageMemory` for the stages that begin at one start and end anywhere behind it.
 
     A vector over the operations holds what such a stage has by then. Memory that was born before a start belongs to
-    what the stage was sent: it is there for the whole step, whoever saves it.
+    what the stage was sent: it is there for the whole step, whoever saves it. What the stage computes again is born
+    anew, where the stage first uses it.
 
     With a(p) what is saved up to position p, w(p) the gradients that wait there and g(p) those of the weights behind
     p, the backward takes the maximum of a(p) + w(p) + g(p) over the stage: on the way back a shrinks and g grows.
@@ -48,29 +50,34 @@ class MemoryWalk:
         start, stop = self.crossing.starts[begin], self.crossing.ends[last] + 1
         changes = self._changes_of(begin, start, stop)
         sums = changes.cumsum(1)
-        live = sums[LIVE] - sums[GONE]
+        live, passing = sums[LIVE] - sums[GONE], sums[LIVE] - sums[PASSED]
         forward = _highest(live + changes[GONE] + self._forward[start:stop])
+        first_forward = _highest(passing + changes[PASSED] + self._forward[start:stop])
         waiting = sums[WAITING] + self._waiting_at(start)
         worst = _highest(sums[SAVED] + waiting - sums[GRADIENTS] + changes[WORKING])
         at = self.crossing.positions[first : last + 1] - start
         copies, received = self.crossing.copies(first, last), self.crossing.received(begin)
+        sent, overwritten = self.crossing.sent(begin, first, last) + copies, self.crossing.overwritten(begin)
         backward = self.crossing.highest(begin, first, last, worst) + sums[GRADIENTS, at]
         return StageMemory(
             weights=sums[WEIGHTS, at],
             gradients=sums[GRADIENTS, at],
             largest=_highest(self._largest[start:stop])[at],
             frozen=sums[FROZEN, at],
-            sent=self.crossing.sent(begin, first, last) + copies,
-            activations=received + live[at] + copies,
+            sent=sent,
+            activations=received + live[at] - self.crossing.dropped(begin, first, last) + copies,
             forward=received + forward[at],
             backward=received + backward + copies,
+            passing=received + first_forward[at] + overwritten,
+            resting=received + sent + overwritten,
+            beside=torch.where(self.crossing.consumed(first, last), 0, sent) + overwritten,
         )
 
     def _changes_of(self, begin: int, start: int, stop: int) -> Tensor:
-        """(8, operations) what changes for a stage from this start, before each operation from start to stop."""
+        """(9, operations) what changes for a stage from this start, before each operation from start to stop."""
         low, high = (int(place) for place in torch.searchsorted(self._positions, torch.tensor([start, stop])))
         position, row, lowest, reach, size = self._changes[:, low:high]
-        changes = torch.zeros(8, stop - start, dtype=torch.int64)
+        changes = torch.zeros(9, stop - start, dtype=torch.int64)
         holds = (lowest <= begin) & (begin < reach)
         changes.view(-1).index_add_(0, row * (stop - start) + position - start, torch.where(holds, size, 0))
         return changes
@@ -115,12 +122,15 @@ class MemoryWalk:
     def _values(self) -> Iterator[Change]:
         lives = self.lives
         for storage, birth in lives.births.items():
-            begun, size = self.crossing.begun(birth), lives.sizes[storage]
-            yield birth, LIVE, 0, begun, size
+            begun, size, used = 0, lives.sizes[storage], lives.used.get(storage, birth)
+            for made in self.crossing.makes(storage):
+                yield made, LIVE, begun, self.crossing.begun(made), size
+                begun = self.crossing.begun(made)
             saved = self.crossing.saved(storage)
             for position, lowest, reach in saved:
                 yield position, SAVED, lowest, reach, size
-            yield lives.used.get(storage, birth), GONE, saved[-1][2] if saved else 0, begun, size
+            yield used, GONE, saved[-1][2] if saved else 0, begun, size
+            yield used, PASSED, 0, begun, size
 
     def _gradients(self) -> Iterator[Change]:
         """A gradient waits from the last use of its value back to the operation after its birth."""

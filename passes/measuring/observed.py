@@ -29,10 +29,12 @@ def seconds_per_batch(timeline: Timeline) -> Seconds:
 def charge_observed(graph: Graph, plan: Plan, seconds: Seconds) -> Charge:
     """Nanoseconds of every node and head at speed 1: the FLOPs, scaled to what their stage has taken.
 
-    A stage's forward and backward have a scale each, heads one for all of them. What the optimizer takes goes to the
-    nodes that use a parameter first, and to heads, by the bytes of the parameters.
+    A stage's forward and backward have a scale each, heads one for all of them. A second forward, which its backward
+    has been seen with, is taken to be like the first. What the optimizer takes goes to the nodes that use a parameter
+    first, and to heads, by the bytes of the parameters.
     """
     updates = _updates(graph, plan, seconds)
+    seconds = _without_recomputing(seconds) if plan.recompute else seconds
     amounts: dict[str, Amount] = {}
     for stage in plan.stages:
         coupled = stage.index > 0 and not plan.cuts[stage.index - 1].detached
@@ -44,7 +46,15 @@ def charge_observed(graph: Graph, plan: Plan, seconds: Seconds) -> Charge:
         return dataclasses.replace(counted, flops=round(counted.flops * per_flop + counted.parameter_bytes * per_byte))
 
     criterion = round(_nanoseconds(plan.stages[-1], seconds, Op.LOSS))
-    return Charge(charged(graph, amounts), head, criterion, updates=updates)
+    return Charge(charged(graph, amounts), head, criterion, updates=updates, recompute=plan.recompute)
+
+
+def _without_recomputing(seconds: Seconds) -> Seconds:
+    def alone(stage: int, op: Op) -> float:
+        again = seconds.get((stage, Op.FORWARD), 0.0) if op is Op.BACKWARD else 0.0
+        return max(0.0, seconds[stage, op] - again)
+
+    return {key: alone(*key) for key in seconds}
 
 
 def _nanoseconds(stage: StageSpec, seconds: Seconds, op: Op) -> float:

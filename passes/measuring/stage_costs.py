@@ -159,7 +159,8 @@ class StageCosts:
         head = self._criterion_memory()
         if stage < len(objectives):
             head = self._heads(objectives[stage]).memory_from(begin, *ends)
-        return memory.step(head) + (1 + OPTIMIZER_STATES) * (memory.weights + head.parameters) + memory.frozen
+        step = memory.step(head, self.charge.recompute)
+        return step + (1 + OPTIMIZER_STATES) * (memory.weights + head.parameters) + memory.frozen
 
     def _criterion_memory(self) -> HeadMemory:
         """What cross-entropy takes: the logarithms of the probabilities, and two gradients of that size."""
@@ -176,7 +177,7 @@ class StageCosts:
             for index, (begin, end) in enumerate(zip(begins, ends, strict=True))
         ]
         model = type(self.graph.model).__name__
-        return Plan(tuple(stages), cuts, model, self.graph.inputs, self.graph.warnings)
+        return Plan(tuple(stages), cuts, model, self.graph.inputs, self.graph.warnings, recompute=self.charge.recompute)
 
     def _cut(self, begin: int, end: int, objective: Objective) -> Cut:
         """A legal cut as the end of the stage that begins there."""
@@ -205,9 +206,9 @@ class StageCosts:
             parameter_bytes=weights,
             head_parameter_bytes=head.parameter_bytes,
             frozen_bytes=int(memory.frozen),
-            activation_bytes=int(memory.activations),
+            activation_bytes=int(memory.resting if self.charge.recompute else memory.activations),
             optimizer_bytes=OPTIMIZER_STATES * (weights + head.parameter_bytes),
-            step_bytes=int(memory.step(self._criterion_memory() if last else held)),
+            step_bytes=int(memory.step(self._criterion_memory() if last else held, self.charge.recompute)),
             modules=self._extents.whole(start, stop),
             costliest_node=self.nodes[costliest].name,
             costliest_flops=sum(flops[costliest]),

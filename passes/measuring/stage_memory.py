@@ -39,6 +39,12 @@ class StageMemory:
     activations: what the stage was sent, and what its forward leaves for its backward and the next stage
     forward:     most at any moment of the forward
     backward:    most at any moment of the backward
+
+    Where the forward runs again for the backward:
+
+    passing:     most at any moment of the first one, which saves nothing but copies of what it overwrites
+    resting:     what there is between it and the second one: `activations` then
+    beside:      what is still there in the second one, and in the backward, from the first
     """
 
     weights: Tensor
@@ -49,14 +55,20 @@ class StageMemory:
     activations: Tensor
     forward: Tensor
     backward: Tensor
+    passing: Tensor
+    resting: Tensor
+    beside: Tensor
 
-    def step(self, head: HeadMemory) -> Tensor:
-        """The most that a step takes beside weights, frozen and optimizer state: the worst of its four phases."""
+    def step(self, head: HeadMemory, recompute: bool = False) -> Tensor:
+        """The most that a step takes beside weights, frozen and optimizer state: the worst of its phases.
+
+        recompute: the forward runs twice: before the loss and, with all that it saves, before the backward
+        """
         update = self.gradients + head.parameters + UPDATE_TENSORS * torch.maximum(self.largest, head.largest)
-        phases = (
-            self.forward,
-            self.activations + head.peak,
-            self.backward + head.parameters,
-            update + self.sent,
-        )
+        phases = [update + self.sent]
+        if recompute:
+            again = torch.maximum(self.forward, self.backward) + head.parameters
+            phases += [self.passing, self.resting + head.peak, again + self.beside]
+        else:
+            phases += [self.forward, self.activations + head.peak, self.backward + head.parameters]
         return reduce(torch.maximum, phases)
