@@ -27,7 +27,7 @@ from autodecouple.schedules import MicroBatched
 from autodecouple.view.text import plan_table
 
 SWEEP = settings(max_examples=6, suppress_health_check=list(HealthCheck))
-SLOW = settings(max_examples=80, suppress_health_check=list(HealthCheck))
+SLOW = settings(max_examples=30, suppress_health_check=list(HealthCheck))
 SMALL = SupCon(hidden=8, out=4)
 
 
@@ -57,6 +57,7 @@ def test_stages_compute_again_what_they_are_not_sent(program: Program, n_stages:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @SLOW
 @given(beside(), st.integers(2, 8))
 def test_stages_compute_again_what_they_are_not_sent_for_many(program: Program, n_stages: int) -> None:
@@ -64,7 +65,8 @@ def test_stages_compute_again_what_they_are_not_sent_for_many(program: Program, 
 
 
 @pytest.mark.slow
-@settings(SLOW, max_examples=25)
+@pytest.mark.timeout(1200)
+@SLOW
 @given(beside())
 def test_memory_tables_count_it_where_it_lives(program: Program) -> None:
     check_tables(annotate(capture(program.model(), program.inputs())))
