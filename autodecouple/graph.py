@@ -163,7 +163,12 @@ class Graph:
     @functools.cached_property
     def owned(self) -> Mapping[fx.Node, Any]:
         """The parameters, buffers and constants by the get_attr nodes that name them."""
-        return {node: attribute(self.train, node) for node in self.train.graph.find_nodes(op="get_attr")}
+        home = functools.cache(functools.partial(_lookup, self.train))
+        found: dict[fx.Node, Any] = {}
+        for node in self.train.graph.find_nodes(op="get_attr"):
+            path, _, name = str(node.target).rpartition(".")
+            found[node] = getattr(home(path), name)
+        return found
 
     @functools.cached_property
     def trained(self) -> frozenset[str]:
@@ -183,8 +188,11 @@ def output_leaves(graph: fx.Graph) -> tuple[Any, ...]:
 
 def attribute(module: nn.Module, node: fx.Node) -> Any:
     """The parameter, buffer or constant that a get_attr node names."""
-    value: Any = module
-    for part in str(node.target).split("."):
+    return _lookup(module, str(node.target))
+
+
+def _lookup(value: Any, path: str) -> Any:
+    for part in path.split(".") if path else ():
         value = getattr(value, part)
     return value
 

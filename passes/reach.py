@@ -28,37 +28,43 @@ class Reach:
         self.first_use: list[int] = []  # by bits
         self.sets: dict[int, int] = {}
         self.room = ROOM
-        self._starting: dict[int, list[set[int]]] = {}  # the storages of parameters, by the position of the first use
-        self._ending: dict[int, list[int]] = {}  # storages by the position of the last use
+        self._starting: dict[int, list[frozenset[int]]] = {}  # the storages of parameters, by their first use
         self._list_parameters(graph, {name: min(at) for name, at in uses.items()})
-        self._list_ends(graph)
+        self._last_use = self._last_uses(graph)
 
     def _list_parameters(self, graph: Graph, first: dict[str, int]) -> None:
-        storages: dict[str, set[int]] = {}
+        storages: dict[str, frozenset[int]] = {}
         for node in graph.owned:
-            storages.setdefault(graph.parameter_name(node), set()).update(self.measures[node].storages)
+            name, found = graph.parameter_name(node), self.measures[node].storages
+            known = storages.setdefault(name, found)
+            if known is not found:
+                storages[name] = known | found
         for name, position in first.items():
             self._starting.setdefault(position, []).append(storages[name])
 
-    def _list_ends(self, graph: Graph) -> None:
-        positions = {node: position for position, node in enumerate(graph.operations)}
+    def _last_uses(self, graph: Graph) -> dict[int, int]:
+        """Of each storage the last operation that reads or writes it; what the model returns is used to the end."""
         last: dict[int, int] = {}
-        for node, measure in self.measures.items():
-            end = max((positions.get(user, len(positions)) for user in node.users), default=measure.position)
-            for storage in measure.storages:
-                last[storage] = max(end, last.get(storage, -1))
-        for storage, end in last.items():
-            self._ending.setdefault(end, []).append(storage)
+        for position, node in enumerate(graph.operations):
+            for value in (node, *node.all_input_nodes):
+                for storage in self.measures[value].storages:
+                    last[storage] = position
+        for value in graph.train.graph.output_node().all_input_nodes:
+            last |= dict.fromkeys(self.measures[value].storages, len(graph.operations))
+        return last
 
     def visit(self, node: fx.Node) -> None:
         """Let what the operation reads reach what it gives and writes."""
         measure = self.measures[node]
         self._begin(measure.position)
-        reached = self._union(node.all_input_nodes, measure.position)
+        sources = node.all_input_nodes
+        reached = self._union(sources, measure.position)
         for storage in measure.storages | measure.writes if reached else ():
             self.sets[storage] = self.sets.get(storage, 0) | reached
-        for storage in self._ending.get(measure.position, ()):
-            self.sets.pop(storage, None)
+        for value in (node, *sources):
+            for storage in self.measures[value].storages:
+                if self._last_use[storage] == measure.position:
+                    self.sets.pop(storage, None)
 
     def _begin(self, position: int) -> None:
         """The parameters that are first used here get a bit each."""

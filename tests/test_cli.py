@@ -120,13 +120,14 @@ def test_inspect_prints_the_plan(api: FakeApi) -> None:
 def test_options_reach_the_compiler(api: FakeApi) -> None:
     wishes = ("--loss", "supcon,bp", "--devices", "cpu,cpu", "--cut-at", "a", "--cut-at", "b", "--max-memory", "4GiB")
     capturing = ("--mode", "eval", "--tied", "untie", "--dynamic", "1", "--dynamic", "2", "--no-split", "Block")
-    result = invoke("inspect", *ARGS, *wishes, *capturing)
+    result = invoke("inspect", *ARGS, *wishes, *capturing, "--cost", "measured")
     assert result.exit_code == 0
     model, inputs = api.asked.pop("model"), api.asked.pop("example_inputs")
     assert len(model) == 5 and [(tuple(x.shape), x.device.type) for x in inputs] == [((4, 8), "meta")]
     assert api.asked == {
         "n_stages": 2,
         "loss": ["supcon", "bp"],
+        "cost": "measured",
         "devices": ["cpu", "cpu"],
         "cut_at": ("a", "b"),
         "memory_limit": 4 * 2**30,
@@ -267,6 +268,17 @@ def test_models_of_a_zoo_are_built_weightless_where_they_can_be(monkeypatch: pyt
     assert all(p.is_meta for p in targets.load("timm:a", weightless=True).parameters())
     assert not any(p.is_meta for p in targets.load("timm:a").parameters())
     assert not any(p.is_meta for p in targets.load("hf:a", weightless=True).parameters())
+
+
+@pytest.mark.parametrize("cost, weightless", [("flops", True), ("measured", False)])
+def test_only_a_model_that_runs_is_given_weights(
+    api: FakeApi, monkeypatch: pytest.MonkeyPatch, cost: str, weightless: bool
+) -> None:
+    from torch import nn
+
+    monkeypatch.setitem(targets._ZOOS, "timm", lambda name: nn.Linear(2, 2))
+    assert invoke("inspect", "timm:a", "--input", "4x2", "--cost", cost).exit_code == 0
+    assert all(p.is_meta is weightless for p in api.asked["model"].parameters())
 
 
 def test_module_missing_inside_user_code_is_not_mistaken_for_the_target(folder: Path) -> None:

@@ -659,7 +659,7 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[AutodecoupleError], str]] = {
     "losses": ({"loss": ["supcon"] * 3}, InputError, "loss has 3 objectives, but 2 stages have 1 hidden ones"),
     "schedule": ({"schedule": "stream"}, ScheduleError, "sequential, streaming, barrier, micro_batched, gpipe, 1f1b"),
     "executor": ({"executor": "threads"}, InputError, "'threads' is not known; there are: inline, streams"),
-    "cost": ({"cost": "time"}, InputError, "there is: 'flops'"),
+    "cost": ({"cost": "time"}, InputError, "there are: 'flops', 'measured'"),
     "policy": ({"on_nonfinite": "warn"}, InputError, '"raise", "skip" or "ignore", not \'warn\''),
     "accumulate": ({"accumulate": 0}, InputError, "positive integer, not 0"),
     "clip": ({"clip_grad_norm": -1.0}, InputError, "positive or None, not -1.0"),

@@ -15,6 +15,7 @@ import torch
 from graph_strategies import DRAWS, Program, leaves, programs
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from plan_strategies import make_plan
 from torch import Tensor, nn
 
 import autodecouple
@@ -32,6 +33,7 @@ from autodecouple.passes.measuring.entering import entering
 from autodecouple.passes.measuring.profile import PeakMemory
 from autodecouple.passes.measuring.timing import Bench, apportion, time_nodes
 from autodecouple.passes.partition import choose_cuts
+from autodecouple.passes.place import assign_lanes
 from autodecouple.plans import Link, Plan, TensorSpec
 from autodecouple.schedules.actions import Op
 
@@ -494,6 +496,31 @@ def test_stages_that_share_lanes_share_their_memory() -> None:
     largest = max(s.memory_bytes for s in autodecouple.plan(graph, n_stages=3, devices=["cpu"] * 3).stages)
     with pytest.raises(PartitionError, match="no run of stages fits the lanes' memory limits"):
         autodecouple.plan(graph, n_stages=3, devices=[Device("cpu", memory_limit=largest)] * 2)
+
+
+@MANY
+@given(st.data(), st.integers(1, 6), st.integers(1, 4))
+def test_runs_of_stages_on_unlike_lanes_are_optimal(data: st.DataObject, n_stages: int, num_lanes: int) -> None:
+    """Any cost of every stage on every lane, any memory: the slowest lane of all contiguous runs is the fastest."""
+    few = st.integers(0, 9)
+    plan = make_plan([0] * n_stages)
+    stages = tuple(dataclasses.replace(stage, step_bytes=data.draw(few)) for stage in plan.stages)
+    plan = dataclasses.replace(plan, stages=stages)
+    costs = [[data.draw(few) for _ in range(n_stages)] for _ in range(num_lanes)]
+    devices = [Device("cpu", memory_limit=data.draw(st.none() | st.integers(1, 25))) for _ in range(num_lanes)]
+    lanes = min(n_stages, num_lanes)
+    values = []
+    for ends in itertools.combinations(range(1, n_stages), lanes - 1):
+        runs = [range(a, b) for a, b in itertools.pairwise((0, *ends, n_stages))]
+        limits = [device.memory_limit or 10**9 for device in devices]
+        if all(sum(stages[k].step_bytes for k in run) <= limit for run, limit in zip(runs, limits, strict=False)):
+            values.append(max(sum(costs[lane][k] for k in run) for lane, run in enumerate(runs)))
+    if not values:
+        with pytest.raises(PartitionError, match="no run of stages fits"):
+            assign_lanes(plan, devices, costs=costs)
+        return
+    placed = assign_lanes(plan, devices, costs=costs)
+    assert max(sum(costs[lane][k] for k in run) for lane, run in enumerate(placed.lanes)) == min(values)
 
 
 @pytest.mark.parametrize("wrong", [{"speed": 0.0}, {"speed": -1.0}, {"speed": float("inf")}, {"memory_limit": 0}])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from autodecouple.passes.candidates import Candidate
+from autodecouple.passes.measuring.columns import columns
 from autodecouple.passes.measuring.lifetimes import NEVER, Lifetimes
 
 Change = tuple[int, int, int, int]
@@ -84,12 +85,12 @@ class Crossing:
         return {s: self.lives.sizes[s] for s in storages if s in self.lives.sizes}
 
     def sent(self, begin: int, first: int, last: int) -> Tensor:
-        end, reach, size = _between(self._sent_changes, first, last) if first < last else _rows(self._sends(first), 3)
+        end, reach, size = _between(self._sent_changes, first, last) if first < last else columns(self._sends(first), 3)
         return _added(end - first, torch.where(begin < reach, size, 0), last - first + 1)
 
     @cached_property
     def _sent_changes(self) -> Tensor:
-        return _rows([row for end in range(len(self.ends)) for row in self._sends(end)], 3)
+        return columns((row for end in range(len(self.ends)) for row in self._sends(end)), 3)
 
     def _sends(self, end: int) -> list[tuple[int, ...]]:
         """(end, end of the starts, bytes) of what crosses there and was made in the stage."""
@@ -99,13 +100,13 @@ class Crossing:
     def dropped(self, begin: int, first: int, last: int) -> Tensor:
         """(ends,) what is used behind each end and computed again there, unless the stage saves it for its backward."""
         end, lowest, reach, size = (
-            _between(self._dropped_changes, first, last) if first < last else _rows(self._drops(first), 4)
+            _between(self._dropped_changes, first, last) if first < last else columns(self._drops(first), 4)
         )
         return _added(end - first, torch.where((lowest <= begin) & (begin < reach), size, 0), last - first + 1)
 
     @cached_property
     def _dropped_changes(self) -> Tensor:
-        return _rows([row for end in range(len(self.ends)) for row in self._drops(end)], 4)
+        return columns((row for end in range(len(self.ends)) for row in self._drops(end)), 4)
 
     def _drops(self, end: int) -> list[tuple[int, ...]]:
         """(end, first start, end of the starts, bytes)."""
@@ -149,7 +150,7 @@ class Crossing:
         it, and the whole one without it, which what the former has in common with it cannot exceed.
         """
         end, until, lowest, reach, size = (
-            _between(self._held_changes, first, last) if first < last else _rows(self._holds(first), 5)
+            _between(self._held_changes, first, last) if first < last else columns(self._holds(first), 5)
         )
         count, start, end = last - first + 1, self.starts[begin], end - first
         size = torch.where((lowest <= begin) & (begin < reach), size, 0)
@@ -165,7 +166,7 @@ class Crossing:
 
     @cached_property
     def _held_changes(self) -> Tensor:
-        return _rows([row for end in range(len(self.ends)) for row in self._holds(end)], 5)
+        return columns((row for end in range(len(self.ends)) for row in self._holds(end)), 5)
 
     def _holds(self, end: int) -> list[tuple[int, ...]]:
         """(end, until, first start, end of the starts, bytes) of what only this end adds, by `until`."""
@@ -241,10 +242,6 @@ class Crossing:
 
 def _added(index: Tensor, values: Tensor, count: int) -> Tensor:
     return torch.zeros(count, dtype=torch.int64).index_add_(0, index, values)
-
-
-def _rows(rows: Sequence[tuple[int, ...]], width: int) -> Tensor:
-    return torch.tensor(rows, dtype=torch.int64).reshape(-1, width).T.contiguous()
 
 
 def _between(rows: Tensor, first: int, last: int) -> Tensor:

@@ -15,6 +15,7 @@ from autodecouple.objectives.objective import Objective
 from autodecouple.passes.candidates import Candidate
 from autodecouple.passes.measure import HeadCost, head_cost
 from autodecouple.passes.measuring.charges import HeadPrice
+from autodecouple.passes.measuring.columns import columns
 from autodecouple.passes.measuring.stage_memory import HeadMemory
 from autodecouple.plans import TensorSpec
 
@@ -68,8 +69,8 @@ class HeadCosts:
 
     def runs(self, objective: Objective) -> HeadRuns:
         """The heads at every legal cut."""
-        rows = [row for end in range(len(self.legal)) for row in self._rows(end, objective)]
-        end, first, last, price, *memory = torch.tensor(rows, dtype=torch.int64).reshape(-1, 7).T.contiguous()
+        rows = (row for end in range(len(self.legal)) for row in self._rows(end, objective))
+        end, first, last, price, *memory = columns(rows, 7)
         return HeadRuns(end, first, last, price, HeadMemory(*memory))
 
     def _rows(self, end: int, objective: Objective) -> Iterator[tuple[int, ...]]:

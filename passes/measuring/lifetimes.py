@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from autodecouple.graph import Graph, Measure
 from autodecouple.passes.measuring.recomputable import needed_at
@@ -46,8 +47,7 @@ def footprint_of(measure: Measure) -> Footprint:
     return measure.footprint if isinstance(measure, Measured) else Footprint()
 
 
-@dataclass(frozen=True)
-class Gradient:
+class Gradient(NamedTuple):
     """The gradient of a value: its bytes, the value's birth, and the uses that give it, in order.
 
     A stage that begins behind `depends` does not need it.
@@ -85,16 +85,16 @@ class Lifetimes:
         self.makes: dict[int, set[int]] = {}
         self.needed = needed_at(graph)
         self.gradients: dict[str, Gradient] = {}
+        self._trained = {n for n in self.positions if self._is_trained(graph.measures[n.name])}
         for node in graph.train.graph.nodes:
             if node.op not in ("get_attr", "output"):
-                self._meet(node)
+                self._meet(node, graph.measures[node.name])
         self.weights: list[tuple[int, int, int]] = []
         self.frozen: list[tuple[int, list[int]]] = []
         self._own()
 
-    def _meet(self, node: fx.Node) -> None:
-        measure, at = self.graph.measures[node.name], self.needed[node]
-        footprint = footprint_of(measure)
+    def _meet(self, node: fx.Node, measure: Measure) -> None:
+        footprint, at = footprint_of(measure), self.needed[node]
         for storage, size in footprint.born:
             self.sizes[storage], self.births[storage] = size, measure.position
         for storage in footprint.saved:
@@ -106,32 +106,36 @@ class Lifetimes:
             self.used[storage] = max(self.used.get(storage, -1), measure.position, *at)
             if storage in self.makes:
                 self.makes[storage] |= at
-        if node in self.positions and measure.value is not None and self._is_trained(node):
-            uses = sorted(self.positions[user] for user in node.users if user.op != "output" and self._is_trained(user))
+        if node in self._trained and measure.value is not None:
+            uses = sorted([self.positions[user] for user in node.users if user in self._trained])
             self.gradients[node.name] = Gradient(
                 measure.value.num_bytes, measure.position, measure.depends, tuple(uses)
             )
 
-    def _is_trained(self, node: fx.Node) -> bool:
-        measure = self.graph.measures[node.name]
+    def _is_trained(self, measure: Measure) -> bool:
         return measure.in_loss and measure.gradient_since is not None
 
     def _own(self) -> None:
-        tensors, uses = self._owned()
-        written = {s for node in self.graph.operations for s in self.graph.measures[node.name].writes}
-        for tensor, storages in tensors.values():
-            size, at = tensor.numel() * tensor.element_size(), sorted(uses[id(tensor)])
-            if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
-                self.weights += [(size, at[0], at[-1])] if at else []
-            else:
-                self.frozen.append((size * (2 if storages & written else 1), at))
+        uses, trainable = self.graph.parameter_uses(), dict[str, Tensor]()
+        frozen: dict[str, list[fx.Node]] = defaultdict(list)
+        for node, tensor in self.graph.owned.items():
+            name = self.graph.parameter_name(node)
+            if name in uses:
+                trainable[name] = tensor
+            elif isinstance(tensor, Tensor):
+                frozen[name].append(node)
+        at = {name: uses[name] for name in trainable if uses[name]}
+        self.weights = [(_num_bytes(trainable[name]), min(found), max(found)) for name, found in at.items()]
+        self._own_frozen(frozen)
 
-    def _owned(self) -> tuple[dict[int, tuple[Tensor, frozenset[int]]], dict[int, list[int]]]:
-        """The model's tensors with their storages, and where they are used."""
-        tensors: dict[int, tuple[Tensor, frozenset[int]]] = {}
-        uses: dict[int, list[int]] = defaultdict(list)
-        for node, value in self.graph.owned.items():
-            if isinstance(value, Tensor):
-                tensors[id(value)] = value, self.graph.measures[node.name].storages
-                uses[id(value)] += [at for at in self.needed[node] if at < len(self.positions)]
-        return tensors, uses
+    def _own_frozen(self, nodes: dict[str, list[fx.Node]]) -> None:
+        measures = self.graph.measures
+        written = {storage for node in self.graph.operations for storage in measures[node.name].writes}
+        for same in nodes.values():
+            copies = 2 if measures[same[-1].name].storages & written else 1
+            at = sorted({at for node in same for at in self.needed[node] if at < len(self.positions)})
+            self.frozen.append((copies * _num_bytes(self.graph.owned[same[-1]]), at))
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from autodecouple.passes.candidates import Candidate
+from autodecouple.passes.measuring.columns import columns
 from autodecouple.passes.measuring.crossing import Crossing
 from autodecouple.passes.measuring.lifetimes import Footprint, Lifetimes, footprint_of
 from autodecouple.passes.measuring.stage_memory import StageMemory
@@ -102,13 +104,14 @@ class MemoryWalk:
 
     def _sorted_changes(self, footprints: Sequence[Footprint]) -> Tensor:
         """(5, changes) position, row, first start, end of the starts, bytes; by position."""
-        found = [*self._owned(), *self._values(), *self._gradients()]
+        changes = columns(chain(self._owned(), self._values(), self._gradients(), self._working(footprints)), 5)
+        return changes[:, changes[0].double().argsort()].contiguous()  # torch sorts doubles faster than integers
+
+    def _working(self, footprints: Sequence[Footprint]) -> Iterator[Change]:
         for position, footprint in enumerate(footprints):
-            found += [
-                (position, WORKING, 0, self.crossing.taking(t), size) for t, size in footprint.backward_bytes if size
-            ]
-        changes = torch.tensor(found, dtype=torch.int64).reshape(-1, 5).T
-        return changes[:, changes[0].argsort(stable=True)].contiguous()
+            for threshold, size in footprint.backward_bytes:
+                if size:
+                    yield position, WORKING, 0, self.crossing.taking(threshold), size
 
     def _owned(self) -> Iterator[Change]:
         for size, first, last in self.lives.weights:

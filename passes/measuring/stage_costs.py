@@ -16,6 +16,7 @@ from autodecouple.objectives.objective import Objective
 from autodecouple.passes.candidates import Candidate
 from autodecouple.passes.measure import HeadCost
 from autodecouple.passes.measuring.charges import Charge
+from autodecouple.passes.measuring.columns import columns
 from autodecouple.passes.measuring.extents import Extents
 from autodecouple.passes.measuring.head_costs import HeadCosts, HeadRuns
 from autodecouple.passes.measuring.lifetimes import Lifetimes
@@ -108,8 +109,8 @@ class StageCosts:
         """
         prices = [self.charge.amount(node.name) for node in self.nodes]
         forward = torch.tensor([price for price, _ in prices])
-        terms = [(threshold, position, p) for position, (_, ts) in enumerate(prices) for threshold, p in ts if p]
-        threshold, position, backward = torch.tensor(terms, dtype=torch.int64).reshape(-1, 3).T.contiguous()
+        terms = ((threshold, position, p) for position, (_, ts) in enumerate(prices) for threshold, p in ts if p)
+        threshold, position, backward = columns(terms, 3)
         first, last = self._segments(threshold), self._segments(position)
         within, across = first == last, (first >= 0) & (first < last)
         plain = self._added(self._segments(torch.arange(len(prices))), forward)

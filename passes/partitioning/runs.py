@@ -108,8 +108,11 @@ def _preferred(stages: Sequence[StageRuns], preference: Sequence[int], slowest: 
     """Cuts of the plan with the least sum of preferences among those no slower than this."""
     ends = torch.tensor([*preference, 0], dtype=torch.int64)
     before, ways = _begin(stages[0]), []
+    bound = torch.tensor(slowest)
+    distinct = {id(runs): runs for runs in stages}
+    fast_enough = {key: runs.search(lambda starts: bound)[0] for key, runs in distinct.items()}
     for runs in stages:
-        start, _ = runs.search(lambda starts: torch.full_like(starts, slowest))
+        start = fast_enough[id(runs)]
         allowed = start <= runs.last
         least = RangeMinimum(before).within(torch.minimum(start, runs.last), runs.last)
         best = _smallest(runs, torch.where(allowed, least, FORBIDDEN))

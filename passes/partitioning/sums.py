@@ -14,7 +14,7 @@ class RunSums:
     sum(b, e) = plain[b] + ... + plain[e] + every amount of `spanning` with b <= first and last <= e
 
     plain:    (segments,) non-negative
-    spanning: (n, 3) rows of first segment, last segment and amount; first < last, amounts non-negative
+    spanning: (n, 3) rows of first segment, last segment and amount, by `last`; first < last, amounts non-negative
 
     The spanning amounts lie in a wavelet tree over `first`, in the order of `last`: level by level, those with a 0 in
     the next bit of `first` before those with a 1. So a search over starts, bit by bit, knows at every step what the
@@ -25,7 +25,7 @@ class RunSums:
         assert int(plain.min()) >= 0 and (not len(spanning) or int(spanning.min()) >= 0), "costs may not be negative"
         self.num_segments = len(plain)
         self.plain = _prefixes(plain)
-        self.spanning = spanning[spanning[:, 1].argsort(stable=True)]
+        self.spanning = spanning
         ends = torch.arange(self.num_segments)
         self._until = torch.searchsorted(self.spanning[:, 1].contiguous(), ends, right=True)
         self._totals = self.plain[1:] + _prefixes(self.spanning[:, 2])[self._until]
