@@ -25,6 +25,7 @@ from training_tools import (
     before_actions,
     comparable,
     compiled,
+    delays,
     make_batches,
     sgd,
     train,
@@ -130,6 +131,26 @@ def test_fifty_batches(size: int) -> None:
     loss = ["supcon", "deinforeg", "early_exit"]
     expected = train(compiled("dropout", 4, loss, executor="inline", optimizer=adam), batches)
     assert_equal_to(expected, spread(size, "dropout", 4, loss, batches, optimizer=adam))
+
+
+@pytest.mark.dist
+def test_the_first_rank_may_write_into_its_inputs_again() -> None:
+    """What leaves it as it was given, such as the labels, is still under way when train_step returns."""
+    batches = make_batches("norm", [8] * 12)
+    expected = train(compiled("norm", 2, executor="inline"), batches)
+
+    def rank(number: int) -> Any:
+        decoupled = compiled("norm", 2, devices=None, executor="distributed")
+        x, y = (torch.empty_like(part) for part in batches[0])
+        with decoupled, delays(3, 0.02 if number else 0.0):
+            for inputs, target in batches:
+                x.copy_(inputs)
+                y.copy_(target)
+                decoupled.train_step(x, y)
+            return comparable(decoupled.state_dict())
+
+    for outcome in run_ranks(2, rank):
+        assert_same(outcome.value, expected.state)
 
 
 # ---------------------------------------------------------------- what is read, kept and loaded
