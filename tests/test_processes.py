@@ -408,13 +408,19 @@ def main(end):
     model(torch.randn(512, 64)).sum().backward()  # the parent's OpenMP threads are running
     model.zero_grad()
     x, y = torch.randn(512, 64), torch.randint(4, (512,))
+    def criterion(output, target):
+        while target.min() == 3:  # for ever
+            pass
+        return nn.functional.cross_entropy(output, target)
     devices = ["cpu"] * 2
     decoupled = autodecouple.compile(
-        model, 2, "early_exit", devices=devices, example_inputs=(x,), executor="processes"
+        model, 2, "early_exit", devices=devices, example_inputs=(x,), executor="processes", criterion=criterion
     )
     for _ in range(5):
         step = decoupled.train_step(x, y)
     print(*decoupled._pipeline.executor._crew.pids, flush=True)
+    if end == "hang":
+        decoupled.train_step(x, torch.full((512,), 3))
     if end == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if end == "raise":
@@ -426,7 +432,7 @@ kept = main(sys.argv[1])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("end", "code"), [("forget", 0), ("raise", 1), ("kill", -9)])
+@pytest.mark.parametrize(("end", "code"), [("forget", 0), ("raise", 1), ("kill", -9), ("hang", 0)])
 def test_no_process_outlives_a_script(end: str, code: int, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT))

@@ -11,10 +11,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import pickle
-import signal
 import threading
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing import connection
 from multiprocessing.connection import Connection
@@ -22,7 +19,7 @@ from typing import Any
 
 import torch
 
-from autodecouple.errors import ClosedError, PeerError
+from autodecouple.executors.board import Board
 from autodecouple.executors.gloo import LinkLostError
 from autodecouple.executors.job import Job
 from autodecouple.executors.lane import FEEDER, pairs
@@ -30,25 +27,24 @@ from autodecouple.executors.pipes import PipeLinks, PipeReceiver, PipeSender
 from autodecouple.executors.transport import CpuQueue
 from autodecouple.executors.wire import Message
 from autodecouple.executors.worker import Assignment, Command, live
-from autodecouple.plans import Plan
 from autodecouple.schedules.program import Program
 from autodecouple.stage import Stage
 from autodecouple.timeline import Span
 
 SECONDS_TO_END = 10.0
-"""What a worker may take for the batch under way once its links have ended; then it is killed."""
+"""What a worker may take to end when it has nothing more to say, or when its parent ends; then it is killed."""
 HOST = CpuQueue(torch.device("cpu"))
 
 
 class Crew:
     """One worker process per lane, forked now: it begins with the stages as they are now.
 
-    When any worker ends all do, those behind it with the batches that have reached them; then `error` says why, and
-    `states` holds what the stages of each lane go on from, of those workers that could still tell.
+    When any worker ends all do, those behind it with the batches that have reached them; then whoever waits is
+    told why, and `states` holds what the stages of each lane go on from, of those workers that could still tell.
     """
 
     def __init__(self, stages: Sequence[Stage], program: Program, num_threads: int, seed: int) -> None:
-        self._board = _Board(program.plan, len(program.lanes))
+        self._board = Board(program.plan, len(program.lanes))
         context = multiprocessing.get_context("fork")
         ends = _Ends(program, context)
         self._commands = ends.commands
@@ -111,9 +107,16 @@ class Crew:
     def end(self, wait: bool = True) -> None:
         """Let the workers end after the batch under way."""
         self._board.close()
-        if wait:
-            for thread in self._threads:
-                thread.join()
+        for thread in self._threads if wait else ():
+            thread.join()
+
+    def kill(self) -> None:
+        """End the workers, those that take too long in the middle of what they do."""
+        self.end(wait=False)
+        self._threads[-1].join(SECONDS_TO_END)
+        for process in self._processes:
+            process.kill()  # nothing where it has ended
+        self.end()
 
 
 class _Ends:
@@ -155,7 +158,7 @@ def _begin(assignment: Assignment, ends: _Ends) -> None:
 # -------------------------------------------------------------------- the threads
 
 
-def _feed(board: _Board, sender: PipeSender, commands: Sequence[Connection]) -> None:
+def _feed(board: Board, sender: PipeSender, commands: Sequence[Connection]) -> None:
     """Send batches to the first lane until there are no more, then let the workers end."""
     try:
         while (job := board.next_job()) is not None:
@@ -184,7 +187,7 @@ def _messages(job: Job) -> Iterator[Message]:
         passed = {}
 
 
-def _collect(board: _Board, receivers: Mapping[int, PipeReceiver], processes: Sequence[Any]) -> None:
+def _collect(board: Board, receivers: Mapping[int, PipeReceiver], processes: Sequence[Any]) -> None:
     """Take what workers send until all of them have ended."""
     open_ends = {receiver.connection: lane for lane, receiver in receivers.items()}
     while open_ends:
@@ -210,141 +213,3 @@ def _reap(process: Any) -> int:
         process.kill()
         process.join()
     return int(process.exitcode)
-
-
-# -------------------------------------------------------------------- what caller and threads share
-
-
-class _Board:
-    """Batches under way, and what came of them; all under one lock."""
-
-    def __init__(self, plan: Plan, num_lanes: int) -> None:
-        self.states: dict[int, Any] = {}
-        self.spans: deque[Span] = deque(maxlen=20_000)
-        self.has_ended = False
-        self._plan = plan
-        self._num_lanes = num_lanes
-        self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)
-        self._jobs: dict[int, Job] = {}
-        self._unfed: deque[Job] = deque()
-        self._failures: list[tuple[int, int, BaseException]] = []  # batch, lane, error
-        self._gone: list[BaseException] = []
-        self._first_ended: int | None = None  # the lane that failed, or ended by itself
-        self._closed = False
-
-    # ---------------------------------------------------------------- the caller's side
-
-    def submit(self, job: Job) -> None:
-        with self._lock:
-            self._raise_error()
-            self._jobs[job.index] = job
-            self._unfed.append(job)
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: job not in self._unfed or self._is_ending())
-            self._raise_error()
-
-    def drain(self) -> None:
-        with self._lock:
-            self._changed.wait_for(lambda: not self._jobs or self._is_ending())
-            self._raise_error()
-
-    def wait_for_states(self) -> None:
-        with self._lock:
-            self._changed.wait_for(lambda: len(self.states) == self._num_lanes or self._is_ending())
-            self._raise_error()
-
-    def close(self) -> None:
-        with self._lock:
-            self._closed = True
-            self._changed.notify_all()
-
-    def _is_ending(self) -> bool:
-        return self._closed or self._first_ended is not None
-
-    def _raise_error(self) -> None:
-        """Raise what ended the crew, when all workers have ended: what they could tell is known then."""
-        if not self._is_ending():
-            return
-        self._changed.wait_for(lambda: self.has_ended)
-        raise self._error()
-
-    def _error(self) -> BaseException:
-        if self._failures:
-            return min(self._failures, key=lambda failure: failure[0])[2]
-        return self._gone[0] if self._gone else ClosedError("the pipeline was closed")
-
-    # ---------------------------------------------------------------- the threads' side
-
-    def next_job(self) -> Job | None:
-        with self._lock:
-            self._changed.wait_for(lambda: self._is_ending() or bool(self._unfed))
-            return None if self._is_ending() else self._unfed[0]
-
-    def fed(self, job: Job) -> None:
-        with self._lock:
-            self._unfed.popleft()
-            job.parcels.clear()
-            self._changed.notify_all()
-
-    def wait_for_end_of_feeding(self) -> int | None:
-        """Returns the lane that failed, None where the crew was closed."""
-        with self._lock:
-            self._changed.wait_for(self._is_ending)
-            return None if self._closed else self._first_ended
-
-    def take(self, lane: int, message: Message) -> None:
-        if message.kind == "failure":
-            self.fail(message.batch, pickle.loads(message.values), lane)
-        with self._lock:
-            if message.kind == "state":
-                self.states[lane] = _cloned(message.values)
-            elif message.kind == "result" and (job := self._jobs.get(message.batch)) is not None:
-                self._finish_lane(lane, job, message.values)
-            self._changed.notify_all()
-
-    def _finish_lane(self, lane: int, job: Job, values: Mapping[str, Any]) -> None:
-        for stage, loss in values["losses"].items():
-            job.losses[stage] = loss
-        job.work[-1].outputs.update(values["outputs"])
-        self.spans.extend(values["spans"])
-        job.to_leave.remove(lane)
-        if not job.to_leave:
-            del self._jobs[job.index]
-            job.finish()
-
-    def fail(self, batch: int, error: BaseException, lane: int) -> None:
-        with self._lock:
-            self._failures.append((batch, lane, error))
-            self._first_ended = lane if self._first_ended is None else self._first_ended
-            self._changed.notify_all()
-
-    def worker_ended(self, lane: int, exit_code: int) -> None:
-        """A worker that told its state has ended because of others."""
-        with self._lock:
-            if lane not in self.states or exit_code != 0:
-                self._gone.append(PeerError(_obituary(self._plan, lane, exit_code)))
-            self._first_ended = lane if self._first_ended is None else self._first_ended
-            self._changed.notify_all()
-
-    def end(self) -> None:
-        """All workers have ended: so have the batches."""
-        with self._lock:
-            for job in self._jobs.values():
-                job.error = self._error()
-                job.finish()
-            self._jobs.clear()
-            self._unfed.clear()
-            self.has_ended = True
-            self._changed.notify_all()
-
-
-def _cloned(values: Any) -> Any:
-    """Out of the memory that goes with the worker's slots."""
-    return torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, values)
-
-
-def _obituary(plan: Plan, lane: int, exit_code: int) -> str:
-    stages = plan.lanes[lane] if lane < len(plan.lanes) else ()
-    how = f"was killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"ended with exit code {exit_code}"
-    return f"the worker process of lane {lane} (stage{'s' * (len(stages) > 1)} {', '.join(map(str, stages))}) {how}"

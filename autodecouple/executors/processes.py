@@ -182,7 +182,8 @@ _running: weakref.WeakSet[Processes] = weakref.WeakSet()
 def _end_all() -> None:
     """Leave no process behind; multiprocessing would end them in the middle of an update."""
     for executor in list(_running):
-        executor.close(abort=True)
+        if executor._crew is not None and executor._pid == os.getpid():
+            executor._crew.kill()
 
 
 def _tensors(stages: Sequence[Stage]) -> list[torch.Tensor]:
