@@ -38,7 +38,7 @@ class Decoupled:
 
     Under torchrun every rank trains its own stages: `train_step` takes inputs on rank 0 only, a step knows the losses
     of the rank's stages, and on the last rank the output. All that waits for batches or reads the model is collective:
-    call it on every rank, at the same places, and let one rank write the state that `state_dict` gave to all.
+    call it on every rank, at the same places; `save` then writes on rank 0.
     """
 
     def __init__(self, model: nn.Module | Graph, options: Options) -> None:

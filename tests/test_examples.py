@@ -103,13 +103,14 @@ def test_fashion_mnist_table(
     assert capsys.readouterr().out.splitlines()[-4].startswith("| bp |")
 
 
-def test_the_readmes_examples_run() -> None:
+def test_the_readmes_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One after the other, as a reader would type them."""
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names: dict[str, object] = {}
     for block in blocks:
         exec(block, names)  # the README is ours
-    assert len(blocks) == 4 and names["model"] is names["decoupled"].model  # type: ignore[attr-defined]
+    assert len(blocks) == 6 and names["model"] is names["decoupled"].model  # type: ignore[attr-defined]
 
 
 def test_the_readmes_output_is_what_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
