@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import autodecouple
+from autodecouple.devices import Device
 from autodecouple.errors import AutodecoupleError, CutError, InputError, PartitionError
 from autodecouple.graph import Graph
 from autodecouple.objectives import EarlyExit, Objective, SupCon
@@ -435,6 +436,31 @@ def test_lanes_are_optimal(flops: list[int], lanes: int, data: st.DataObject) ->
     assert [i for run in placed.lanes for i in run] == list(range(len(flops))), "contiguous, in order"
     assert all(placed.stages[i].lane == placed.stages[i - 1].lane for i in glued if i < len(flops))
     assert dataclasses.replace(placed, stages=plan.stages) == plan, "nothing else changes"
+
+
+@settings(max_examples=150)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=7), st.data())
+def test_unlike_lanes_are_optimal_within_their_memory(memory: list[int], data: st.DataObject) -> None:
+    """By brute force: every lane has a cost of its own for each stage, and a limit for what it holds together."""
+    lanes = data.draw(st.integers(1, len(memory)))
+    costs = [data.draw(st.lists(st.integers(0, 9), min_size=len(memory), max_size=len(memory))) for _ in range(lanes)]
+    limits = [data.draw(st.none() | st.integers(1, 20)) for _ in range(lanes)]
+    plan = make_plan([0] * len(memory))
+    plan = dataclasses.replace(
+        plan, stages=tuple(dataclasses.replace(s, step_bytes=m) for s, m in zip(plan.stages, memory, strict=True))
+    )
+    devices = [Device("cpu", memory_limit=limit) for limit in limits]
+
+    def slowest(runs: Any) -> int | None:
+        fits = all(limit is None or sum(memory[i] for i in r) <= limit for r, limit in zip(runs, limits, strict=True))
+        return max(sum(row[i] for i in run) for row, run in zip(costs, runs, strict=True)) if fits else None
+
+    best = min((v for runs in groupings(len(memory), lanes) if (v := slowest(runs)) is not None), default=None)
+    if best is None:
+        with pytest.raises(PartitionError, match="no run of stages fits the lanes' memory limits"):
+            assign_lanes(plan, devices, costs=costs)
+    else:
+        assert slowest(assign_lanes(plan, devices, costs=costs).lanes) == best
 
 
 def test_stages_take_the_device_of_their_lane() -> None:

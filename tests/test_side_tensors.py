@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from stage_builder import Built, build
 from test_candidates import check
 from test_insert_codegen import check_composed, check_inference
-from test_memory import check_activations, check_tables
+from test_memory import check_activations, check_walk
 from torch import Tensor, nn
 from training_tools import assert_same, sgd, train
 
@@ -69,7 +69,7 @@ def test_stages_compute_again_what_they_are_not_sent_for_many(program: Program, 
 @SLOW
 @given(beside())
 def test_memory_tables_count_it_where_it_lives(program: Program) -> None:
-    check_tables(annotate(capture(program.model(), program.inputs())))
+    check_walk(annotate(capture(program.model(), program.inputs())))
 
 
 class Blocks(nn.Module):
