@@ -65,7 +65,8 @@ class StageCosts:
         """The segments in which parameters that the outputs train are first used."""
         uses = self.graph.parameter_uses()
         first = [min(uses[name]) for name in self.graph.trained if uses.get(name)]
-        return self._segments(torch.tensor(sorted(set(first)), dtype=torch.int64)).unique()
+        found: Tensor = self._segments(torch.tensor(sorted(set(first)), dtype=torch.int64)).unique()
+        return found
 
     def most_stages(self) -> int:
         """How many stages with something to train each: take every cut that closes one."""
