@@ -14,7 +14,7 @@ demo: $(VENV)/.examples ## train a small model in four stages (seconds, CPU)
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/.dev ## all tests but the slow ones
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2
 
 slow: $(VENV)/.dev ## the slow tests, the zoo aside
 	$(BIN)/python -m pytest -q -m "slow and not zoo" -n 2

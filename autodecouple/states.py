@@ -151,6 +151,8 @@ def _check_fit(pipeline: Pipeline, state: Mapping[str, Any]) -> frozenset[str]:
             f"the state was saved with seed={state['seed']}, not {pipeline.options.seed}: pass that one"
         )
     _check_tensors("the model", pipeline.graph.model.state_dict(), state["model"])
+    if [cut.after for cut in pipeline.plan.cuts] == [cut.after for cut in theirs.cuts]:
+        _check_objectives(pipeline.plan, theirs)
     kept = _common(pipeline.plan, theirs)
     for place, head in _heads(pipeline).items():
         if place in kept:
@@ -165,6 +167,16 @@ def _check_fit(pipeline: Pipeline, state: Mapping[str, Any]) -> frozenset[str]:
 def _common(mine: Plan, theirs: Plan) -> frozenset[str]:
     """Places whose heads are the same: they lie at the same node, read the same values and have the same objective."""
     return frozenset(after for after, _, _ in _places(mine) & _places(theirs)) | {LAST}
+
+
+def _check_objectives(mine: Plan, theirs: Plan) -> None:
+    """At the same cuts another loss is most likely a mistake; at other cuts the list of losses meets others."""
+    for here, there in zip(mine.stages, theirs.stages, strict=True):
+        if here.objective != there.objective:
+            raise CheckpointError(
+                f"stage {here.index} was saved with loss {there.objective!r}, but has {here.objective!r}: pass the same"
+                " loss="
+            )
 
 
 def _places(plan: Plan) -> set[tuple[str, tuple[str, ...], str]]:

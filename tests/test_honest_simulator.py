@@ -7,7 +7,6 @@ This is the only place in the tests where time counts.
 from __future__ import annotations
 
 import random
-import statistics
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -75,11 +74,11 @@ def test_the_simulator_is_honest(case: str) -> None:
     chance = random.Random(case)
     seconds = {(stage, op): chance.uniform(0.006, 0.02) for stage in range(4) for op in Op}
     ratios: list[float] = []
-    while len(ratios) < 3:
+    while len(ratios) < 6:  # a busy machine wakes sleepers up late, a wrong rule is wrong every time
         measured, predicted = run(case, seconds)
         assert len(measured.spans) == len(predicted.spans) and measured.num_lanes == predicted.num_lanes
         ratios.append(predicted.makespan / measured.makespan)
-        if abs(statistics.median(ratios) - 1) < 0.1:
+        if abs(ratios[-1] - 1) < 0.1:
             return
     pytest.fail(f"predicted / measured makespan: {', '.join(f'{ratio:.3f}' for ratio in ratios)}")
 
@@ -89,6 +88,8 @@ def test_streaming_is_as_fast_as_its_slowest_stage() -> None:
     the other they take four times as long. A slow machine may take longer, never less."""
     seconds = {(stage, op): 0.01 for stage in range(4) for op in Op}
     ideal = 3 * 0.01 + BATCHES * 0.04
-    found = min(run("streaming", seconds)[0].makespan for _ in range(2))
-    assert ideal <= found < 1.5 * ideal
+    found = [run("streaming", seconds)[0].makespan]
+    while min(found) >= 1.5 * ideal and len(found) < 6:
+        found.append(run("streaming", seconds)[0].makespan)
+    assert ideal <= min(found) < 1.5 * ideal
     assert run("sequential", seconds)[0].makespan >= 4 * BATCHES * 0.04

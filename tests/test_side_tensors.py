@@ -26,7 +26,7 @@ from autodecouple.passes.trace import capture
 from autodecouple.schedules import MicroBatched
 from autodecouple.view.text import plan_table
 
-SWEEP = settings(max_examples=6, suppress_health_check=list(HealthCheck))
+SWEEP = settings(max_examples=3, suppress_health_check=list(HealthCheck))
 SLOW = settings(max_examples=30, suppress_health_check=list(HealthCheck))
 SMALL = SupCon(hidden=8, out=4)
 
