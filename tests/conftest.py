@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # The order in which a parallel sum adds depends on the number of threads, and the last bits with it. Bitwise laws need
 # that number fixed, and several stages at once on few cores run faster when each operator keeps to one.
 torch.set_num_threads(1)
+
+# A shell starts what it puts into the background with Ctrl-C ignored, and so would be its tests of Ctrl-C.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Stages start threads and capture models: no example has a fair deadline.
 settings.register_profile("dev", deadline=None, max_examples=25, print_blob=True)

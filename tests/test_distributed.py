@@ -245,7 +245,7 @@ def test_an_error_on_one_rank_ends_all_with_its_name(stage: int) -> None:
         assert outcome.error == "PeerError", outcome
         assert f"rank {stage} (stage {stage}) failed: ValueError: boom" in outcome.message
         assert f"loss of stage {stage} of 3" in outcome.message and "batch 2" in outcome.message
-        assert outcome.seconds < 5.0
+        assert outcome.seconds < 30
 
 
 @pytest.mark.dist
