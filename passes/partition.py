@@ -13,6 +13,7 @@ from autodecouple.errors import CutError, PartitionError
 from autodecouple.graph import Graph
 from autodecouple.objectives.objective import Objective
 from autodecouple.passes.candidates import Candidate
+from autodecouple.passes.collecting import uncollected
 from autodecouple.passes.measuring.pricing import Pricing
 from autodecouple.passes.measuring.stage_costs import StageCosts
 from autodecouple.passes.partitioning.limited import Limited, minimise_within
@@ -20,6 +21,7 @@ from autodecouple.passes.partitioning.runs import StageRuns, minimise_slowest
 from autodecouple.plans import Plan
 
 
+@uncollected()
 def choose_cuts(
     graph: Graph,
     candidates: Sequence[Candidate],
@@ -29,7 +31,7 @@ def choose_cuts(
     cut_at: Sequence[str] = (),
     memory_limit: int | None = None,
     classifier: str | None = None,
-    pricing: Pricing | None = None,
+    pricing: Sequence[Pricing] = (),
 ) -> Plan:
     """The plan whose slowest stage is cheapest: forward, backward and head of a training step.
 
@@ -37,7 +39,7 @@ def choose_cuts(
     cut_at:       nodes or modules after which to cut; () leaves all cuts to the optimum
     memory_limit: bytes that a stage may take, parameters, gradients, optimizer state and activations together
     classifier:   node of one more cut, behind all others; what follows it is one more stage
-    pricing:      what to balance; None is FLOPs
+    pricing:      what each stage costs where it will run, one per stage; () balances FLOPs
     Raises PartitionError where no such plan exists, naming the maximum and the legal cuts; CutError for a cut_at where
     none is legal, naming the nearest legal ones.
     """
@@ -47,6 +49,7 @@ def choose_cuts(
     count = n_stages + (classifier is not None)
     _check_possible(count, candidates, costs.most_stages(), graph.warnings)
     stages = costs.all_runs(count, objectives)
+    limits = [_tighter(costs.pricing_of(stage).memory_limit, memory_limit) for stage in range(count)]
     if classifier is not None:
         last = [candidate.node for candidate in legal].index(classifier)
         stages[-2] = stages[-2].where(stages[-2].end == last)
@@ -55,10 +58,14 @@ def choose_cuts(
         chosen = explicit_cuts(cut_at, count, candidates)
         plan = _checked(costs, stages, chosen, objectives)
     else:
-        plan = _best(costs, stages, objectives, memory_limit)
-    if plan is None or not _fits(plan, memory_limit):
-        raise PartitionError(_impossible(count, memory_limit, legal, explicit=bool(cut_at)))
+        plan = _best(costs, stages, objectives, limits)
+    if plan is None or not _fits(plan, limits):
+        raise PartitionError(_impossible(count, limits, legal, explicit=bool(cut_at)))
     return plan
+
+
+def _tighter(*limits: int | None) -> int | None:
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _checked(
@@ -71,7 +78,7 @@ def _checked(
 
 
 def _best(
-    costs: StageCosts, stages: Sequence[StageRuns], objectives: Sequence[Objective], memory_limit: int | None
+    costs: StageCosts, stages: Sequence[StageRuns], objectives: Sequence[Objective], limits: Sequence[int | None]
 ) -> Plan | None:
     """The best plan, None if there is none. The one without a limit is the best with it, too, if it fits."""
     preference = [_preference(candidate) for candidate in costs.legal]
@@ -80,14 +87,14 @@ def _best(
         return None
     slowest, chosen = found
     plan = costs.plan(chosen, objectives)
-    if memory_limit is None or _fits(plan, memory_limit):
+    if _fits(plan, limits):
         return plan
-    within = minimise_within(Limited(costs, stages, objectives, preference, memory_limit), slowest)
+    within = minimise_within(Limited(costs, stages, objectives, preference, limits), slowest)
     return None if within is None else costs.plan(within, objectives)
 
 
-def _fits(plan: Plan, memory_limit: int | None) -> bool:
-    return memory_limit is None or all(stage.memory_bytes <= memory_limit for stage in plan.stages)
+def _fits(plan: Plan, limits: Sequence[int | None]) -> bool:
+    return all(most is None or stage.memory_bytes <= most for stage, most in zip(plan.stages, limits, strict=True))
 
 
 def find_classifier(graph: Graph, candidates: Sequence[Candidate], name: bool | str) -> str:
@@ -163,11 +170,12 @@ def _describe(candidates: Sequence[Candidate], limit: int = 40) -> str:
     return ", ".join(names[:limit]) + more or "none"
 
 
-def _impossible(n_stages: int, memory_limit: int | None, legal: Sequence[Candidate], *, explicit: bool) -> str:
+def _impossible(n_stages: int, limits: Sequence[int | None], legal: Sequence[Candidate], *, explicit: bool) -> str:
     which = "the cuts asked for" if explicit else "any choice of the legal cuts"
-    if memory_limit is not None:
+    if given := sorted({limit for limit in limits if limit is not None}):
+        named = " or ".join(f"memory_limit={limit}" for limit in given)
         return (
-            f"with {which}, a stage of {n_stages} needs more than memory_limit={memory_limit} bytes or trains nothing;"
+            f"with {which}, a stage of {n_stages} needs more than {named} bytes or trains nothing;"
             f" raise the limit, or take more stages or a smaller batch. Legal cuts: {_describe(legal)}"
         )
     return f"with {which}, a stage of {n_stages} would have no trainable parameter. Legal cuts: {_describe(legal)}"

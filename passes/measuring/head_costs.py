@@ -47,43 +47,42 @@ class HeadRuns:
 class HeadCosts:
     """Asks for each head once: heads that read the same shapes cost the same."""
 
-    def __init__(self, legal: Sequence[Candidate], signal: TensorSpec, pricing: Pricing) -> None:
+    def __init__(self, legal: Sequence[Candidate], signal: TensorSpec) -> None:
         self.legal = legal
         self.starts = [0, *(candidate.position + 1 for candidate in legal)]
         self.signal = signal
-        self.pricing = pricing
         self._known: dict[Any, tuple[HeadCost, int]] = {}
 
-    def cost(self, end: int, start: int, objective: Objective) -> HeadCost:
+    def cost(self, end: int, start: int, objective: Objective, pricing: Pricing) -> HeadCost:
         """Of the objective's head on what it reads at a legal cut, in a stage that begins at a position."""
-        return self._cost(end, start, objective)[0]
+        return self._cost(end, start, objective, pricing)[0]
 
-    def runs(self, objective: Objective) -> HeadRuns:
+    def runs(self, objective: Objective, pricing: Pricing) -> HeadRuns:
         """The heads at every legal cut."""
-        rows = (row for end in range(len(self.legal)) for row in self._rows(end, objective))
+        rows = (row for end in range(len(self.legal)) for row in self._rows(end, objective, pricing))
         end, first, last, price, *memory = columns(rows, 7)
         return HeadRuns(end, first, last, price, HeadMemory(*memory))
 
-    def _rows(self, end: int, objective: Objective) -> Iterator[tuple[int, ...]]:
+    def _rows(self, end: int, objective: Objective, pricing: Pricing) -> Iterator[tuple[int, ...]]:
         """A head reads more, the earlier its stage begins: at or before each of the thresholds of what it may read."""
         reads, last = self.legal[end].reads, end
         thresholds = sorted({threshold for _, threshold in reads[1:] if threshold >= 0}, reverse=True)
         for start, following in zip((2**62, *thresholds), (*thresholds, -1), strict=True):
             first = bisect_right(self.starts, following)
-            cost, price = self._cost(end, start, objective)
+            cost, price = self._cost(end, start, objective, pricing)
             if first <= last:
                 yield end, first, last, price, cost.parameter_bytes, cost.largest_bytes, cost.peak_bytes
             last = min(last, first - 1)
 
-    def _cost(self, end: int, start: int, objective: Objective) -> tuple[HeadCost, int]:
+    def _cost(self, end: int, start: int, objective: Objective, pricing: Pricing) -> tuple[HeadCost, int]:
         if objective.name == "bp":
             return HeadCost(0, 0, 0), 0
         cut = self.legal[end].cut
         assert cut is not None
         specs = [cut.spec(name) for name in self.legal[end].features(start)]
-        key = id(objective), *((spec.shape, spec.dtype, spec.batch_dim) for spec in specs)
+        key = id(objective), id(pricing), *((spec.shape, spec.dtype, spec.batch_dim) for spec in specs)
         if key not in self._known:
             features = [dataclasses.replace(spec, name="features") for spec in specs]
             cost = head_cost(objective, features, self.signal)
-            self._known[key] = cost, self.pricing.head(objective, features)
+            self._known[key] = cost, pricing.head(objective, features)
         return self._known[key]

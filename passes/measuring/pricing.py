@@ -18,19 +18,20 @@ NodePrice = tuple[int, tuple[tuple[int, int], ...]]
 
 @dataclass(frozen=True)
 class Pricing:
-    """What one operation and one head cost, in whole numbers of one unit: FLOPs, nanoseconds.
+    """What a stage costs where it will run, in whole numbers of one unit: FLOPs, nanoseconds.
 
-    node:     price of an operation
-    head:     price of a training step of an objective's head that reads these features
-    slowness: what all of a stage is multiplied with, a whole number per stage number; () where all are equally fast
+    node:         price of an operation
+    head:         price of a training step of an objective's head that reads these features
+    criterion:    price of the loss of the last stage
+    slowness:     what all of it is multiplied with (and rounded down), beside stages that run elsewhere
+    memory_limit: bytes that a stage may take there
     """
 
     node: Callable[[fx.Node], NodePrice]
     head: Callable[[Objective, Sequence[TensorSpec]], int]
-    slowness: tuple[int, ...] = ()
-
-    def slowness_of(self, stage: int) -> int:
-        return self.slowness[stage] if self.slowness else 1
+    criterion: int = 0
+    slowness: float = 1.0
+    memory_limit: int | None = None
 
 
 def by_flops(graph: Graph) -> Pricing:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -34,20 +35,22 @@ class StageCosts:
     Ends are the legal cuts, then the model's end; starts are the model's beginning, then the place after each legal
     cut. Between two of them lies a segment: a stage from start b to end e holds the segments from b to e.
 
-    pricing: what the partition balances; None is FLOPs
+    pricing: what the partition balances, one per stage; () is FLOPs for all
     """
 
-    def __init__(self, graph: Graph, legal: Sequence[Candidate], pricing: Pricing | None = None) -> None:
+    def __init__(self, graph: Graph, legal: Sequence[Candidate], pricing: Sequence[Pricing] = ()) -> None:
         self.graph = graph
         self.legal = legal
-        self.pricing = pricing or by_flops(graph)
+        self.pricing = pricing
+        self.flops = by_flops(graph)
         self.cuts: list[Cut] = [candidate.cut for candidate in legal if candidate.cut is not None]
         self.nodes = graph.operations
         self.starts = [0, *(candidate.position + 1 for candidate in legal)]
         self.ends = [*(candidate.position for candidate in legal), len(self.nodes) - 1]
-        self.heads = HeadCosts(legal, graph.signal, self.pricing)
+        self.heads = HeadCosts(legal, graph.signal)
         self._walks: dict[tuple[bool, bool], MemoryWalk] = {}  # by whether start and end are coupled
-        self._head_runs: dict[int, HeadRuns] = {}  # by the objective's id
+        self._sums: dict[int, tuple[RunSums, RunSums]] = {}  # by the pricing's id
+        self._head_runs: dict[tuple[int, int], HeadRuns] = {}  # by the ids of objective and pricing
 
     @cached_property
     def first_uses(self) -> dict[int, list[Tensor]]:
@@ -64,7 +67,7 @@ class StageCosts:
         """The segments in which parameters that the outputs train are first used."""
         uses = self.graph.parameter_uses()
         first = [min(uses[name]) for name in self.graph.trained if uses.get(name)]
-        return self._segments(torch.tensor(sorted(set(first)), dtype=torch.int64)).unique()
+        return torch.tensor(sorted({bisect_right(self.starts, position) - 1 for position in first}), dtype=torch.int64)
 
     def most_stages(self) -> int:
         """How many stages with something to train each: take every cut that closes one."""
@@ -77,33 +80,41 @@ class StageCosts:
     def all_runs(self, count: int, objectives: Sequence[Objective]) -> list[StageRuns]:
         """Those of every stage number; equal ones are one object."""
         known: dict[tuple[Kind, int], StageRuns] = {}
-        keys = [(self.kind(stage, objectives), self.pricing.slowness_of(stage)) for stage in range(count)]
+        keys = [(self.kind(stage, objectives), id(self.pricing_of(stage))) for stage in range(count)]
         for stage, key in enumerate(keys):
             if key not in known:
                 known[key] = self.runs(stage, objectives)
         return [known[key] for key in keys]
 
+    def pricing_of(self, stage: int) -> Pricing:
+        return self.pricing[stage] if self.pricing else self.flops
+
     def runs(self, stage: int, objectives: Sequence[Objective]) -> StageRuns:
         """The stages that may be stage number `stage`: those that train something which their head sees."""
-        sums, slowness = self._sums[self.kind(stage, objectives)[0]], self.pricing.slowness_of(stage)
+        pricing = self.pricing_of(stage)
+        sums, slowness = self._sums_by(pricing)[self.kind(stage, objectives)[0]], pricing.slowness
         if stage == len(objectives):
-            end, nothing = torch.tensor([len(self.legal)]), torch.tensor([0])
-            runs = StageRuns(sums, end, nothing, self._last_starts[end], nothing, slowness)
+            end, first, criterion = torch.tensor([[len(self.legal)], [0], [pricing.criterion]])
+            runs = StageRuns(sums, end, first, self._last_starts[end], criterion, slowness)
         else:
-            heads, blind = self._heads(objectives[stage]), objectives[stage].name != "bp"
+            heads, blind = self._heads(stage, objectives), objectives[stage].name != "bp"
             first = torch.maximum(heads.first, self._seen[heads.end]) if blind else heads.first
             last = torch.minimum(heads.last, self._last_starts[heads.end])
             runs = StageRuns(sums, heads.end, first, last, heads.price, slowness)
         return runs.where(runs.first <= runs.last)
 
-    @cached_property
-    def _sums(self) -> tuple[RunSums, RunSums]:
+    def _sums_by(self, pricing: Pricing) -> tuple[RunSums, RunSums]:
+        if id(pricing) not in self._sums:
+            self._sums[id(pricing)] = self._priced(pricing)
+        return self._sums[id(pricing)]
+
+    def _priced(self, pricing: Pricing) -> tuple[RunSums, RunSums]:
         """Prices of the operations, after a detached cut and after a coupled one.
 
         The backward of what a threshold lies behind is spent by stages that begin early enough to hold the parameter
         behind that input; after a coupled cut always.
         """
-        prices = [self.pricing.node(node) for node in self.nodes]
+        prices = [pricing.node(node) for node in self.nodes]
         forward = torch.tensor([price for price, _ in prices])
         terms = ((threshold, position, p) for position, (_, ts) in enumerate(prices) for threshold, p in ts if p)
         threshold, position, backward = columns(terms, 3)
@@ -132,10 +143,12 @@ class StageCosts:
         """(legal cuts,) the first start of a stage all of whose parameters a head there sees."""
         return self._segments(torch.tensor([candidate.blind for candidate in self.legal], dtype=torch.int64)) + 1
 
-    def _heads(self, objective: Objective) -> HeadRuns:
-        if id(objective) not in self._head_runs:
-            self._head_runs[id(objective)] = self.heads.runs(objective)
-        return self._head_runs[id(objective)]
+    def _heads(self, stage: int, objectives: Sequence[Objective]) -> HeadRuns:
+        objective, pricing = objectives[stage], self.pricing_of(stage)
+        key = id(objective), id(pricing)
+        if key not in self._head_runs:
+            self._head_runs[key] = self.heads.runs(objective, pricing)
+        return self._head_runs[key]
 
     @cached_property
     def _lives(self) -> Lifetimes:
@@ -154,7 +167,7 @@ class StageCosts:
         memory = self.memory(stage, objectives).stages(begin, *ends)
         head = self._criterion_memory()
         if stage < len(objectives):
-            head = self._heads(objectives[stage]).memory_from(begin, *ends)
+            head = self._heads(stage, objectives).memory_from(begin, *ends)
         return memory.step(head) + (1 + OPTIMIZER_STATES) * (memory.weights + head.parameters) + memory.frozen
 
     def _criterion_memory(self) -> HeadMemory:
@@ -183,7 +196,7 @@ class StageCosts:
     def _stage(self, index: int, begin: int, end: int, objectives: Sequence[Objective]) -> StageSpec:
         start, stop = self.starts[begin], self.ends[end] + 1
         last, coupled = index == len(objectives), self.kind(index, objectives)[0]
-        head = HeadCost(0, 0, 0) if last else self.heads.cost(end, start, objectives[index])
+        head = HeadCost(0, 0, 0) if last else self.heads.cost(end, start, objectives[index], self.pricing_of(index))
         flops = {p: self._node_flops(p, -1 if coupled else start) for p in range(start, stop)}
         parameters = [p for position in range(start, stop) for p in self.first_uses.get(position, [])]
         weights = sum(map(_num_bytes, parameters))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from autodecouple.objectives.objective import Objective
-from autodecouple.passes.measuring.stage_costs import Kind, StageCosts
+from autodecouple.passes.measuring.stage_costs import StageCosts
 from autodecouple.passes.partitioning.columns import minimise_slowest
 from autodecouple.passes.partitioning.runs import FORBIDDEN, StageRuns
 
@@ -17,7 +18,10 @@ SLACKS = (101, 105, 125, 200)
 
 
 class Limited:
-    """The stages that take no more than `limit` bytes, with all that `Columns` asks for."""
+    """The stages that take no more bytes than they may, with all that `Columns` asks for.
+
+    limits: bytes per stage number, None for no limit
+    """
 
     def __init__(
         self,
@@ -25,13 +29,15 @@ class Limited:
         stages: Sequence[StageRuns],
         objectives: Sequence[Objective],
         preference: Sequence[int],
-        limit: int,
+        limits: Sequence[int | None],
     ) -> None:
         self.costs = costs
         self.stages = stages
         self.objectives = objectives
         self.preference = preference
-        self.limit = limit
+        self.limits = limits
+        kinds = [costs.kind(stage, objectives) for stage in range(len(stages))]
+        self._keys = [(kind, id(runs), limit) for kind, runs, limit in zip(kinds, stages, limits, strict=True)]
 
     @property
     def num_stages(self) -> int:
@@ -40,20 +46,19 @@ class Limited:
     def column(self, start: int, bound: int) -> Tensor:
         """(stages, ends) costs of the stages from one start; those that cost more than `bound` may be FORBIDDEN."""
         stop = max(runs.reach(start, bound) for runs in self.stages)
-        known: dict[tuple[Kind, int], Tensor] = {}
-        for stage, runs in enumerate(self.stages):
-            key = self.costs.kind(stage, self.objectives), id(runs)
+        known: dict[Any, Tensor] = {}
+        for stage, key in enumerate(self._keys):
             if key not in known:
                 known[key] = self._column(stage, start, stop, bound)
-        return torch.stack([known[self.costs.kind(k, self.objectives), id(r)] for k, r in enumerate(self.stages)])
+        return torch.stack([known[key] for key in self._keys])
 
     def _column(self, stage: int, start: int, stop: int, bound: int) -> Tensor:
-        costs = self.stages[stage].costs_from(start, stop)
+        costs, limit = self.stages[stage].costs_from(start, stop), self.limits[stage]
         cheap = (costs <= bound).nonzero()[:, 0]
-        if len(cheap):
+        if len(cheap) and limit is not None:
             first, last = int(cheap[0]), int(cheap[-1])
             needs = self.costs.needs(stage, self.objectives, start, (start + first, start + last))
-            costs[first : last + 1][needs > self.limit] = FORBIDDEN
+            costs[first : last + 1][needs > limit] = FORBIDDEN
         return costs
 
 

@@ -30,7 +30,7 @@ class StageRuns:
     end:      (rows,) an end per row, rising; an end may stand in several rows, a start of it in one only
     first, last: (rows,) the starts, both included, at most the end
     head:     (rows,) what the head adds
-    slowness: what all of it is multiplied with
+    slowness: what all of it is multiplied with, and rounded down
     """
 
     sums: RunSums
@@ -38,7 +38,7 @@ class StageRuns:
     first: Tensor
     last: Tensor
     head: Tensor
-    slowness: int = 1
+    slowness: float = 1.0
 
     def where(self, rows: Tensor) -> StageRuns:
         """With these rows only, given as a mask."""
@@ -50,7 +50,9 @@ class StageRuns:
 
     def reach(self, start: int, bound: int) -> int:
         """The end up to which stages from a start may cost no more than this: those behind it cost more."""
-        return self.sums.reach(start, bound // self.slowness)
+        if self.slowness != 1:
+            bound = int(bound / self.slowness * (1 + 1e-9)) + 2  # never too low for being rounded
+        return self.sums.reach(start, bound)
 
     def costs_from(self, start: int, stop: int) -> Tensor:
         """(stop - start,) costs of the stages from one start to each end from there on, up to `stop`."""
@@ -58,7 +60,7 @@ class StageRuns:
         at = ((self.first[low:high] <= start) & (start <= self.last[low:high])).nonzero()[:, 0] + low
         costs = torch.full((stop - start,), FORBIDDEN, dtype=torch.int64)
         places = self.end[at] - start
-        costs[places] = self.slowness * (self.sums.sums_from(start, stop)[places] + self.head[at])
+        costs[places] = self._slowed(self.sums.sums_from(start, stop)[places] + self.head[at])
         return costs
 
     def search(self, bound: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
@@ -67,11 +69,14 @@ class StageRuns:
 
         def refuses(start: Tensor, sums: Tensor) -> Tensor:
             known = start.clamp(self.first, self.last)
-            dear = self.slowness * (sums + self.head) > bound(known)
+            dear = self._slowed(sums + self.head) > bound(known)
             return (start < self.first) | ((start <= self.last) & dear)
 
         start, sums = self.sums.search(self.end, refuses)
-        return start, torch.where(start > self.first, self.slowness * (sums + self.head), FORBIDDEN)
+        return start, torch.where(start > self.first, self._slowed(sums + self.head), FORBIDDEN)
+
+    def _slowed(self, costs: Tensor) -> Tensor:
+        return costs if self.slowness == 1 else (costs.double() * self.slowness).long()
 
 
 def minimise_slowest(stages: Sequence[StageRuns], preference: Sequence[int]) -> tuple[int, tuple[int, ...]] | None:
