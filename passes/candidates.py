@@ -15,6 +15,7 @@ from torch import fx
 from autodecouple.errors import CutError
 from autodecouple.graph import Graph, module_classes, module_path
 from autodecouple.passes.capturing.tied import way_out
+from autodecouple.passes.collecting import uncollected
 from autodecouple.passes.masks import find_mask
 from autodecouple.passes.measuring.recomputable import needed_at
 from autodecouple.passes.reach import Reach
@@ -56,6 +57,7 @@ class Candidate:
         return self.ended[0] if self.ended else ""
 
 
+@uncollected()
 def find_cuts(graph: Graph) -> tuple[Candidate, ...]:
     """Every place in execution order, except after the last operation; linear in the graph."""
     return tuple(_Sweep(graph))
@@ -111,6 +113,7 @@ class _Sweep:
                 self.last_write[storage] = position
         self.blocked = _blocked(_spans(graph), end)
         self.reach = Reach(graph)
+        self.unreadable: dict[fx.Node, str] = {}
         self.owned = frozenset[int]().union(*(m.storages for n, m in self.measures.items() if n.op == "get_attr"))
 
     def __iter__(self) -> Iterator[Candidate]:
@@ -192,6 +195,11 @@ class _Sweep:
 
     def _unreadable(self, features: fx.Node) -> str:
         """Why no head can read a value, "" if one can."""
+        if features not in self.unreadable:
+            self.unreadable[features] = self._why_unreadable(features)
+        return self.unreadable[features]
+
+    def _why_unreadable(self, features: fx.Node) -> str:
         spec = self.measures[features].value
         assert spec is not None
         if not spec.dtype.startswith(("float", "bfloat", "complex")):
@@ -204,6 +212,8 @@ class _Sweep:
 
     def _reason_aliases(self, position: int, live: set[fx.Node]) -> str:
         """Two values that share memory cannot both cross if something writes into it later."""
+        if not self.last_write:
+            return ""
         storages = Counter(storage for value in live for storage in self.measures[value].storages)
         for storage, count in storages.items():
             if count > 1 and self.last_write.get(storage, -1) > position:
@@ -250,13 +260,14 @@ def _blocked(spans: list[Span], end: int) -> dict[int, Span]:
 
 def _spans(graph: Graph) -> list[Span]:
     """Those of every trainable parameter, and of every buffer that the forward writes."""
-    spans = [Span("parameter", name, min(at), max(at)) for name, at in graph.parameter_uses().items() if at]
+    parameters = graph.parameter_uses().items()
+    spans = [Span("parameter", name, min(at), max(at)) for name, at in parameters if len(at) > 1]
     positions = {node: i for i, node in enumerate(graph.operations)}
     writers: dict[int, list[int]] = {}
     for node, position in positions.items():
         for storage in graph.measures[node.name].writes:
             writers.setdefault(storage, []).append(position)
-    for node in graph.train.graph.find_nodes(op="get_attr"):
+    for node in graph.train.graph.find_nodes(op="get_attr") if writers else ():
         # A chain of writes leads from one to the next and not back to the buffer's own node.
         writes = [at for storage in graph.measures[node.name].storages for at in writers.get(storage, ())]
         uses = [*writes, *(positions[user] for user in node.users if user in positions)]

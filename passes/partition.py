@@ -13,6 +13,7 @@ from autodecouple.errors import CutError, PartitionError
 from autodecouple.graph import Graph
 from autodecouple.objectives.objective import Objective
 from autodecouple.passes.candidates import Candidate
+from autodecouple.passes.collecting import uncollected
 from autodecouple.passes.measuring.charges import Charge, slowness
 from autodecouple.passes.measuring.stage_costs import StageCosts
 from autodecouple.passes.partitioning.limited import Limited, minimise_within
@@ -20,6 +21,7 @@ from autodecouple.passes.partitioning.runs import FORBIDDEN, StageRuns, minimise
 from autodecouple.plans import Plan
 
 
+@uncollected()
 def choose_cuts(
     graph: Graph,
     candidates: Sequence[Candidate],

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from bisect import bisect_left, bisect_right
-from collections import Counter
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -63,19 +62,15 @@ class StageCosts:
         return first
 
     @cached_property
-    def trained(self) -> Counter[int]:
-        """How many parameters that the outputs train are first used at a position."""
+    def _training(self) -> Tensor:
+        """The segments in which parameters that the outputs train are first used."""
         uses = self.graph.parameter_uses()
-        return Counter(min(uses[name]) for name in self.graph.trained if uses.get(name))
+        first = [min(uses[name]) for name in self.graph.trained if uses.get(name)]
+        return torch.tensor(sorted({bisect_right(self.starts, position) - 1 for position in first}), dtype=torch.int64)
 
     def most_stages(self) -> int:
         """How many stages with something to train each: take every cut that closes one."""
-        used = sorted(self.trained)
-        count, start = 0, 0
-        for end in self.ends:
-            if bisect_left(used, start) < bisect_right(used, end):
-                count, start = count + 1, end + 1
-        return count
+        return len(self._training)
 
     def kind(self, stage: int, objectives: Sequence[Objective]) -> Kind:
         coupled = [False, *(objective.name == "bp" for objective in objectives), False]
@@ -128,8 +123,7 @@ class StageCosts:
     def _last_starts(self) -> Tensor:
         """(ends,) the last start from which on something is trained, -1 if there is none."""
         last = torch.full((len(self.ends),), -1)
-        holding = self._segments(torch.tensor(sorted(self.trained), dtype=torch.int64))
-        last[holding] = holding
+        last[self._training] = self._training
         return last.cummax(0).values
 
     @cached_property
