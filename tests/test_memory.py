@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,13 +22,17 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import autodecouple
+from autodecouple.errors import PartitionError
 from autodecouple.executors.job import Job
 from autodecouple.graph import Graph, attribute
-from autodecouple.passes.candidates import find_cuts
+from autodecouple.passes.candidates import Candidate, find_cuts
 from autodecouple.passes.measure import annotate
-from autodecouple.passes.measuring.lifetimes import Footprint, footprint_of
+from autodecouple.passes.measuring.crossing import Crossing
+from autodecouple.passes.measuring.lifetimes import Footprint, Lifetimes, footprint_of
 from autodecouple.passes.measuring.memory import MemoryWalk
 from autodecouple.passes.measuring.stage_costs import StageCosts
+from autodecouple.passes.measuring.stage_memory import StageMemory
+from autodecouple.passes.partition import choose_cuts
 from autodecouple.passes.trace import capture
 from autodecouple.randomness import Randomness
 from autodecouple.stage import Stage
@@ -357,26 +362,35 @@ class Unshared(MemoryWalk):
     def _operands(self, position: int) -> list[int]:
         return []
 
-    def _parts(self, position: int) -> list[fx.Node]:
-        return []
-
 
 def check_tables(graph: Graph) -> None:
     """Every pair of cuts."""
     legal = [candidate for candidate in find_cuts(graph) if candidate.cut is not None]
-    walk = Unshared(graph, legal)
-    tables = walk.tables()
-    for begin, start in enumerate(walk.starts):
-        for end in range(begin, len(walk.ends)):
-            stop = walk.ends[end] + 1
-            last = end == len(legal)
-            crossing = {spec.name for spec in legal[end].cut.crossing} if not last else set()
-            outputs = {leaf.name for leaf in graph.outputs if isinstance(leaf, fx.Node)}
-            sent, read = (outputs, outputs) if last else (crossing, set(legal[end].features(start)))
-            replay = Replay(graph, start, stop, sent, read)
-            kept = int(walk._received()[begin])
-            found = (int(tables.forward[end, begin]), int(tables.backward[end, begin]) - walk._copies(end))
-            assert found == (kept + replay.forward(), kept + replay.backward()), f"{start} to {stop}"
+    with mock.patch.object(Crossing, "_parts", lambda crossing, position: []):
+        walk = Unshared(Lifetimes(graph), legal)
+        crossing, last = walk.crossing, len(legal)
+        for begin, start in enumerate(crossing.starts):
+            stages = walk.stages(begin, begin, last)
+            kept, copies = crossing.received(begin), crossing.copies(begin, last).tolist()
+            for end in range(begin, last + 1):
+                replay = replayed(graph, legal, start, end)
+                found = int(stages.forward[end - begin]), int(stages.backward[end - begin]) - copies[end - begin]
+                assert found == (kept + replay.forward(), kept + replay.backward()), f"{start} to {crossing.ends[end]}"
+                assert same(walk.stages(begin, end, end), stages, end - begin), "one alone or among others"
+
+
+def replayed(graph: Graph, legal: Sequence[Candidate], start: int, end: int) -> Replay:
+    """The stage from a position to end number `end`."""
+    if end == len(legal):
+        outputs = {leaf.name for leaf in graph.outputs if isinstance(leaf, fx.Node)}
+        return Replay(graph, start, len(graph.operations), outputs, outputs)
+    crossing = {spec.name for spec in legal[end].cut.crossing}
+    return Replay(graph, start, legal[end].position + 1, crossing, set(legal[end].features(start)))
+
+
+def same(alone: StageMemory, among: StageMemory, index: int) -> bool:
+    names = [field.name for field in dataclasses.fields(StageMemory)]
+    return all(getattr(alone, name).tolist() == [int(getattr(among, name)[index])] for name in names)
 
 
 class Branches(nn.Module):
@@ -415,11 +429,19 @@ def test_the_limit_counts_what_the_plan_prints() -> None:
     costs = StageCosts(graph, legal)
     for cut in range(len(legal)):
         for begin, end, spec in zip((0, cut + 1), (cut, len(legal)), costs.plan([cut], [SMALL]).stages, strict=True):
-            free, equal, less = (
-                int(costs.table(spec.index, [SMALL], limit)[end, begin])
-                for limit in (None, spec.memory_bytes, spec.memory_bytes - 1)
-            )
-            assert equal == free < less
+            assert int(costs.needs(spec.index, [SMALL], begin, (end, end))) == spec.memory_bytes
+
+
+def test_a_stage_is_allowed_at_what_it_takes_and_at_no_byte_less() -> None:
+    graph = annotate(capture(resnet(), torch.randn(8, 3, 16, 16)))
+    candidates = find_cuts(graph)
+    places = [candidate.node for candidate in candidates if candidate.cut is not None]
+    for place in places[:: len(places) // 4]:
+        plan = choose_cuts(graph, candidates, 2, [SMALL], cut_at=[place])
+        most = max(stage.memory_bytes for stage in plan.stages)
+        assert choose_cuts(graph, candidates, 2, [SMALL], cut_at=[place], memory_limit=most) == plan
+        with pytest.raises(PartitionError, match=f"memory_limit={most - 1} bytes"):
+            choose_cuts(graph, candidates, 2, [SMALL], cut_at=[place], memory_limit=most - 1)
 
 
 def test_dropout_keeps_one_byte_per_element() -> None:
