@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from large_graphs import residual_tower
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -22,6 +22,7 @@ from autodecouple.objectives import Objective, SupCon
 from autodecouple.objectives.backprop import Backprop
 from autodecouple.passes import reach
 from autodecouple.passes.candidates import find_cuts
+from autodecouple.passes.measure import annotate
 from autodecouple.passes.measuring.pricing import Pricing, by_flops
 from autodecouple.passes.measuring.stage_costs import StageCosts
 from autodecouple.passes.partition import choose_cuts
@@ -30,6 +31,7 @@ from autodecouple.passes.partitioning.limited import Limited
 from autodecouple.passes.partitioning.ranges import RangeMinimum
 from autodecouple.passes.partitioning.runs import FORBIDDEN, StageRuns
 from autodecouple.passes.partitioning.sums import RunSums
+from autodecouple.passes.trace import capture
 
 SMALL = SupCon(hidden=8, out=4)
 Best = tuple[int, int] | None
@@ -283,10 +285,35 @@ def test_parameters_that_cannot_be_told_apart_are_merged(tower: Graph) -> None:
         apart = find_cuts(tower)
     with mock.patch.object(reach, "ROOM", 0):
         assert find_cuts(tower) == apart
-    kept = reach.Reach(tower)
-    for node in tower.operations:
-        kept.visit(node)
-    assert len(kept.first_use) <= 2 * reach.ROOM < len(tower.parameter_uses()), "it stays short"
+    with mock.patch.object(reach, "ROOM", 16):
+        kept = reach.Reach(tower)
+        most = max(len(kept.first_use) for node in tower.operations if kept.visit(node) is None)
+    assert most < 64 < len(tower.parameter_uses()), "it stays short"
+
+
+class Beside(nn.Module):
+    """Two layers, and one beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.beside = (nn.Linear(4, 4) for _ in range(3))
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        deep = self.second(self.first(x)).relu()
+        y: Tensor = self.last(torch.cat([self.beside(x).relu(), deep], 1))
+        return y
+
+
+@pytest.mark.parametrize("room", [0, 10**6])
+def test_of_merged_parameters_the_last_counts(room: int) -> None:
+    """`first` and `second` lead to the same value: a head has to read it in a stage that begins at or before the
+    second, not only at or before the first."""
+    graph = annotate(capture(Beside(), torch.randn(4, 4)))
+    with mock.patch.object(reach, "ROOM", room):
+        places = {candidate.node: candidate for candidate in find_cuts(graph)}
+    assert [node.name for node in graph.operations[:2]] == ["linear", "linear_1"]
+    assert places["linear_2"].reads == (("linear_2", 3), ("relu", 1))
 
 
 # --- other prices than FLOPs ------------------------------------------------------------------------------------------
@@ -329,6 +356,18 @@ def test_stages_are_balanced_by_what_they_are_priced_at(small: Graph) -> None:
 def sum_of(graph: Graph, name: str, start: int) -> int:
     measure = graph.measures[name]
     return measure.forward_flops + sum(flops for threshold, flops in measure.backward_flops if threshold >= start)
+
+
+def test_the_limit_itself_is_allowed() -> None:
+    """A plan that the limit made different takes m bytes at most: with m as the limit it is found again."""
+    layers = [nn.Linear(16, 16) for _ in range(12)]
+    model = nn.Sequential(nn.Embedding(50, 16), *layers)  # the embedding takes memory and no FLOPs
+    graph = annotate(capture(model, torch.zeros(4, 5, dtype=torch.int64)))
+    candidates = find_cuts(graph)
+    free = choose_cuts(graph, candidates, 3, [SMALL] * 2)
+    plan = choose_cuts(graph, candidates, 3, [SMALL] * 2, memory_limit=max(s.memory_bytes for s in free.stages) - 1)
+    assert plan.cuts != free.cuts
+    assert choose_cuts(graph, candidates, 3, [SMALL] * 2, memory_limit=max(s.memory_bytes for s in plan.stages)) == plan
 
 
 def test_each_stage_has_a_memory_limit_of_its_own(small: Graph) -> None:
