@@ -67,11 +67,11 @@ def choose_cuts(
 
 def _charged(costs: StageCosts, charges: Sequence[Charge], objectives: Sequence[Objective]) -> list[StageRuns]:
     """What every stage may be, each at its own charge; equal ones are one object."""
-    known = {id(costs.charge.graph): costs}
+    known = {costs.charge.prices: costs}
     for charge in charges:
-        if id(charge.graph) not in known:
-            known[id(charge.graph)] = StageCosts(costs.graph, costs.legal, charge)
-    runs = [known[id(charge.graph)].runs(stage, objectives) for stage, charge in enumerate(charges)]
+        if charge.prices not in known:
+            known[charge.prices] = StageCosts(costs.graph, costs.legal, charge)
+    runs = [known[charge.prices].runs(stage, objectives) for stage, charge in enumerate(charges)]
     dearest = max(1, *(stage.dearest for stage in runs))
     factors = slowness([charge.speed for charge in charges], (FORBIDDEN - 1) // dearest)
     slowed = {(id(r), factor): r.slowed(factor) for r, factor in zip(runs, factors, strict=True)}
