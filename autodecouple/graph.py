@@ -163,12 +163,15 @@ class Graph:
     @functools.cached_property
     def owned(self) -> Mapping[fx.Node, Any]:
         """The parameters, buffers and constants by the get_attr nodes that name them."""
-        home = functools.cache(functools.partial(_lookup, self.train))
-        found: dict[fx.Node, Any] = {}
-        for node in self.train.graph.find_nodes(op="get_attr"):
-            path, _, name = str(node.target).rpartition(".")
-            found[node] = getattr(home(path), name)
-        return found
+        homes: dict[str, Any] = {"": self.train}
+
+        def found(path: str) -> Any:
+            if path not in homes:
+                outer, _, name = path.rpartition(".")
+                homes[path] = getattr(found(outer), name)
+            return homes[path]
+
+        return {node: found(str(node.target)) for node in self.train.graph.find_nodes(op="get_attr")}
 
     @functools.cached_property
     def trained(self) -> frozenset[str]:
@@ -188,11 +191,8 @@ def output_leaves(graph: fx.Graph) -> tuple[Any, ...]:
 
 def attribute(module: nn.Module, node: fx.Node) -> Any:
     """The parameter, buffer or constant that a get_attr node names."""
-    return _lookup(module, str(node.target))
-
-
-def _lookup(value: Any, path: str) -> Any:
-    for part in path.split(".") if path else ():
+    value: Any = module
+    for part in str(node.target).split("."):
         value = getattr(value, part)
     return value
 

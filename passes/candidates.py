@@ -15,6 +15,7 @@ from torch import fx
 from autodecouple.errors import CutError
 from autodecouple.graph import Graph, module_classes, module_path
 from autodecouple.passes.capturing.tied import way_out
+from autodecouple.passes.collecting import uncollected
 from autodecouple.passes.masks import find_mask
 from autodecouple.passes.measuring.recomputable import needed_at
 from autodecouple.passes.reach import Reach
@@ -56,6 +57,7 @@ class Candidate:
         return self.ended[0] if self.ended else ""
 
 
+@uncollected()
 def find_cuts(graph: Graph) -> tuple[Candidate, ...]:
     """Every place in execution order, except after the last operation; linear in the graph."""
     return tuple(_Sweep(graph))

@@ -97,13 +97,13 @@ def _head_cost(charge: Charge, cut: Cut, objective: Objective) -> int:
 
 def lane_costs(plan: Plan, charges: Sequence[Charge], objectives: Sequence[Objective]) -> list[list[int]]:
     """By lane: the cost of every stage there, as slow as the lane is."""
-    known: dict[int, list[int]] = {}  # by the graph: lanes of equal devices share theirs
+    known: dict[Any, list[int]] = {}  # lanes of equal devices share theirs
     for charge in charges:
-        if id(charge.graph) not in known:
-            known[id(charge.graph)] = [sum(stage_cost(plan, k, charge, objectives)) for k in range(len(plan.stages))]
+        if charge.prices not in known:
+            known[charge.prices] = [sum(stage_cost(plan, k, charge, objectives)) for k in range(len(plan.stages))]
     dearest = max(1, *map(sum, known.values()))
     factors = slowness([charge.speed for charge in charges], (FORBIDDEN - 1) // dearest)
-    return [[factor * cost for cost in known[id(c.graph)]] for factor, c in zip(factors, charges, strict=True)]
+    return [[factor * cost for cost in known[c.prices]] for factor, c in zip(factors, charges, strict=True)]
 
 
 def with_seconds(plan: Plan, charges: Sequence[Charge], objectives: Sequence[Objective]) -> Plan:

@@ -13,6 +13,7 @@ from autodecouple.errors import CutError, PartitionError
 from autodecouple.graph import Graph
 from autodecouple.objectives.objective import Objective
 from autodecouple.passes.candidates import Candidate
+from autodecouple.passes.collecting import uncollected
 from autodecouple.passes.measuring.charges import Charge, slowness
 from autodecouple.passes.measuring.stage_costs import StageCosts
 from autodecouple.passes.partitioning.limited import Limited, minimise_within
@@ -20,6 +21,7 @@ from autodecouple.passes.partitioning.runs import FORBIDDEN, StageRuns, minimise
 from autodecouple.plans import Plan
 
 
+@uncollected()
 def choose_cuts(
     graph: Graph,
     candidates: Sequence[Candidate],
@@ -65,11 +67,11 @@ def choose_cuts(
 
 def _charged(costs: StageCosts, charges: Sequence[Charge], objectives: Sequence[Objective]) -> list[StageRuns]:
     """What every stage may be, each at its own charge; equal ones are one object."""
-    known = {id(costs.charge.graph): costs}
+    known = {costs.charge.prices: costs}
     for charge in charges:
-        if id(charge.graph) not in known:
-            known[id(charge.graph)] = StageCosts(costs.graph, costs.legal, charge)
-    runs = [known[id(charge.graph)].runs(stage, objectives) for stage, charge in enumerate(charges)]
+        if charge.prices not in known:
+            known[charge.prices] = StageCosts(costs.graph, costs.legal, charge)
+    runs = [known[charge.prices].runs(stage, objectives) for stage, charge in enumerate(charges)]
     dearest = max(1, *(stage.dearest for stage in runs))
     factors = slowness([charge.speed for charge in charges], (FORBIDDEN - 1) // dearest)
     slowed = {(id(r), factor): r.slowed(factor) for r, factor in zip(runs, factors, strict=True)}

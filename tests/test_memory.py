@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import autodecouple
+from autodecouple.errors import PartitionError
 from autodecouple.executors.job import Job
 from autodecouple.graph import Graph, attribute
 from autodecouple.passes.candidates import Candidate, find_cuts
@@ -31,8 +32,7 @@ from autodecouple.passes.measuring.lifetimes import Footprint, Lifetimes, footpr
 from autodecouple.passes.measuring.memory import MemoryWalk
 from autodecouple.passes.measuring.stage_costs import StageCosts
 from autodecouple.passes.measuring.stage_memory import StageMemory
-from autodecouple.passes.partitioning.limited import Limited
-from autodecouple.passes.partitioning.runs import FORBIDDEN
+from autodecouple.passes.partition import choose_cuts
 from autodecouple.passes.trace import capture
 from autodecouple.randomness import Randomness
 from autodecouple.stage import Stage
@@ -389,42 +389,40 @@ class Replay:
 class Unshared(MemoryWalk):
     """Every gradient in memory of its own."""
 
-    def __init__(self, graph: Graph, legal: list[Candidate]) -> None:
-        super().__init__(Lifetimes(graph), legal)
-        self.crossing = UnsharedCrossing(self.lives, legal, before=False, after=False)
-
     def _operands(self, position: int) -> list[int]:
-        return []
-
-
-class UnsharedCrossing(Crossing):
-    def _parts(self, position: int) -> list[fx.Node]:
         return []
 
 
 def check_walk(graph: Graph) -> None:
     """Every pair of cuts."""
     legal = [candidate for candidate in find_cuts(graph) if candidate.cut is not None]
-    walk = Unshared(graph, legal)
-    crossing = walk.crossing
-    for begin, start in enumerate(crossing.starts):
-        memory = walk.stages(begin, begin, len(legal))
-        alone = [walk.stages(begin, end, end) for end in range(begin, len(legal) + 1)]
-        for field in dataclasses.fields(StageMemory):
-            one_by_one = torch.cat([getattr(one, field.name) for one in alone])
-            assert torch.equal(getattr(memory, field.name), one_by_one), field.name
-        for end in range(begin, len(crossing.ends)):
-            stop = crossing.ends[end] + 1
-            last = end == len(legal)
-            names = {spec.name for spec in legal[end].cut.crossing} if not last else set()
-            outputs = {leaf.name for leaf in graph.outputs if isinstance(leaf, fx.Node)}
-            sent, read = (outputs, outputs) if last else (names, set(legal[end].features(start)))
-            replay = Replay(graph, start, stop, sent, read)
-            kept, copies = crossing.received(begin), int(crossing.copies(end, end))
-            found = (int(memory.forward[end - begin]), int(memory.backward[end - begin]) - copies)
-            assert found == (kept + replay.forward(), kept + replay.backward()), f"{start} to {stop}"
-            again = int(memory.passing[end - begin]) - crossing.overwritten(begin)
-            assert again == kept + replay.forward(saving=False), f"{start} to {stop}, without a backward"
+    with mock.patch.object(Crossing, "_parts", lambda crossing, position: []):
+        walk = Unshared(Lifetimes(graph), legal)
+        crossing, last = walk.crossing, len(legal)
+        for begin, start in enumerate(crossing.starts):
+            stages = walk.stages(begin, begin, last)
+            kept, copies = crossing.received(begin), crossing.copies(begin, last).tolist()
+            for end in range(begin, last + 1):
+                replay = replayed(graph, legal, start, end)
+                found = int(stages.forward[end - begin]), int(stages.backward[end - begin]) - copies[end - begin]
+                assert found == (kept + replay.forward(), kept + replay.backward()), f"{start} to {crossing.ends[end]}"
+                again = int(stages.passing[end - begin]) - crossing.overwritten(begin)
+                assert again == kept + replay.forward(saving=False), f"{start} to {crossing.ends[end]}, saving nothing"
+                assert same(walk.stages(begin, end, end), stages, end - begin), "one alone or among others"
+
+
+def replayed(graph: Graph, legal: Sequence[Candidate], start: int, end: int) -> Replay:
+    """The stage from a position to end number `end`."""
+    if end == len(legal):
+        outputs = {leaf.name for leaf in graph.outputs if isinstance(leaf, fx.Node)}
+        return Replay(graph, start, len(graph.operations), outputs, outputs)
+    crossing = {spec.name for spec in legal[end].cut.crossing}
+    return Replay(graph, start, legal[end].position + 1, crossing, set(legal[end].features(start)))
+
+
+def same(alone: StageMemory, among: StageMemory, index: int) -> bool:
+    names = [field.name for field in dataclasses.fields(StageMemory)]
+    return all(getattr(alone, name).tolist() == [int(getattr(among, name)[index])] for name in names)
 
 
 class Branches(nn.Module):
@@ -461,18 +459,21 @@ def test_the_limit_counts_what_the_plan_prints() -> None:
     graph = annotate(capture(resnet(), torch.randn(8, 3, 16, 16)))
     legal = [candidate for candidate in find_cuts(graph) if candidate.cut is not None]
     costs = StageCosts(graph, legal)
-    runs = [costs.runs(stage, [SMALL]) for stage in range(2)]
-
-    def cost(stage: int, begin: int, end: int, limit: int | None) -> int:
-        column = Limited(costs, runs, [SMALL], (), [limit] * 2).column(begin, FORBIDDEN - 1)
-        return int(column[stage, end - begin])
-
     for cut in range(len(legal)):
         for begin, end, spec in zip((0, cut + 1), (cut, len(legal)), costs.plan([cut], [SMALL]).stages, strict=True):
-            free, equal, less = (
-                cost(spec.index, begin, end, limit) for limit in (None, spec.memory_bytes, spec.memory_bytes - 1)
-            )
-            assert equal == free < less
+            assert int(costs.needs(spec.index, [SMALL], begin, (end, end))) == spec.memory_bytes
+
+
+def test_a_stage_is_allowed_at_what_it_takes_and_at_no_byte_less() -> None:
+    graph = annotate(capture(resnet(), torch.randn(8, 3, 16, 16)))
+    candidates = find_cuts(graph)
+    places = [candidate.node for candidate in candidates if candidate.cut is not None]
+    for place in places[:: len(places) // 4]:
+        plan = choose_cuts(graph, candidates, 2, [SMALL], cut_at=[place])
+        most = max(stage.memory_bytes for stage in plan.stages)
+        assert choose_cuts(graph, candidates, 2, [SMALL], cut_at=[place], memory_limit=most) == plan
+        with pytest.raises(PartitionError, match=f"memory_limit={most - 1} bytes"):
+            choose_cuts(graph, candidates, 2, [SMALL], cut_at=[place], memory_limit=most - 1)
 
 
 def test_dropout_keeps_one_byte_per_element() -> None:

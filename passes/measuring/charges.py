@@ -44,6 +44,11 @@ class Charge:
     updates: Mapping[str, int] = field(default_factory=dict)
     recompute: bool = False
 
+    @property
+    def prices(self) -> tuple[int, int, int]:
+        """Equal for lanes that charge the same but for their speeds."""
+        return id(self.graph), id(self.head), self.criterion
+
     def amount(self, name: str) -> Amount:
         """Of a node, by its name; a second forward is a part of the backward, wherever the stage begins."""
         measure = self.graph.measures[name]
@@ -81,7 +86,7 @@ def slowness(speeds: Sequence[float], most: int) -> tuple[int, ...]:
 
 def average(charges: Sequence[Charge]) -> Charge:
     """For a stage whose lane is still open: the sum over all lanes, each at its speed, and the loosest limit."""
-    if len({(id(charge.graph), charge.speed, charge.memory_limit) for charge in charges}) == 1:
+    if len({(charge.prices, charge.speed, charge.memory_limit) for charge in charges}) == 1:
         return charges[0]
     fastest = max(charge.speed for charge in charges)
     weights = [fastest / charge.speed for charge in charges]

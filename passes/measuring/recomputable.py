@@ -34,12 +34,12 @@ def needed_at(graph: Graph) -> dict[fx.Node, set[int]]:
     The model's output stands behind the last operation.
     """
     positions = {node: position for position, node in enumerate(graph.operations)}
-    found: dict[fx.Node, set[int]] = {}
-    for node in reversed(graph.train.graph.nodes):
-        found[node] = {positions.get(user, len(positions)) for user in node.users}
-        for user in node.users:
-            if user.op != "output" and graph.measures[user.name].recomputed:
-                found[node] |= found[user]
+    end, nodes = len(positions), graph.train.graph.nodes
+    found = {node: {positions.get(user, end) for user in node.users} for node in nodes}
+    for node in reversed(positions):
+        if graph.measures[node.name].recomputed:
+            for source in node.all_input_nodes:
+                found[source] |= found[node]
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -65,8 +66,7 @@ class StageCosts:
         """The segments in which parameters that the outputs train are first used."""
         uses = self.graph.parameter_uses()
         first = [min(uses[name]) for name in self.graph.trained if uses.get(name)]
-        found: Tensor = self._segments(torch.tensor(sorted(set(first)), dtype=torch.int64)).unique()
-        return found
+        return torch.tensor(sorted({bisect_right(self.starts, position) - 1 for position in first}), dtype=torch.int64)
 
     def most_stages(self) -> int:
         """How many stages with something to train each: take every cut that closes one."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from autodecouple.objectives.objective import Objective
-from autodecouple.passes.measuring.stage_costs import Kind, StageCosts
+from autodecouple.passes.measuring.stage_costs import StageCosts
 from autodecouple.passes.partitioning.columns import minimise_slowest
 from autodecouple.passes.partitioning.runs import FORBIDDEN, StageRuns
 
@@ -19,7 +20,7 @@ SLACKS = (101, 105, 125, 200)
 class Limited:
     """The stages that take no more bytes than they may, with all that `Columns` asks for.
 
-    limits: bytes that each stage may take, None for no limit
+    limits: bytes per stage number, None for no limit
     """
 
     def __init__(
@@ -35,6 +36,8 @@ class Limited:
         self.objectives = objectives
         self.preference = preference
         self.limits = limits
+        kinds = [costs.kind(stage, objectives) for stage in range(len(stages))]
+        self._keys = [(kind, id(runs), limit) for kind, runs, limit in zip(kinds, stages, limits, strict=True)]
 
     @property
     def num_stages(self) -> int:
@@ -43,12 +46,11 @@ class Limited:
     def column(self, start: int, bound: int) -> Tensor:
         """(stages, ends) costs of the stages from one start; those that cost more than `bound` may be FORBIDDEN."""
         stop = max(runs.reach(start, bound) for runs in self.stages)
-        known: dict[tuple[Kind, int, int | None], Tensor] = {}
-        keys = [(self.costs.kind(k, self.objectives), id(r), self.limits[k]) for k, r in enumerate(self.stages)]
-        for stage, key in enumerate(keys):
+        known: dict[Any, Tensor] = {}
+        for stage, key in enumerate(self._keys):
             if key not in known:
                 known[key] = self._column(stage, start, stop, bound)
-        return torch.stack([known[key] for key in keys])
+        return torch.stack([known[key] for key in self._keys])
 
     def _column(self, stage: int, start: int, stop: int, bound: int) -> Tensor:
         costs, limit = self.stages[stage].costs_from(start, stop), self.limits[stage]
