@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -22,6 +23,8 @@ FOR_EVER = timedelta(days=365)
 """A rank may idle for as long as its script does; that a peer is lost is noticed otherwise."""
 ARRIVAL = timedelta(minutes=10)
 """How long ranks wait for each other when the pipeline is made: capturing takes them about equally long."""
+READING = timedelta(seconds=20)
+"""How long a rank that ends with an error waits until all know why."""
 _numbers = itertools.count()
 
 
@@ -66,8 +69,11 @@ class World:
             late = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
             raise PeerError(f"ranks {late} have not compiled the model within {ARRIVAL}: every rank must") from error
         plans = [json.loads(self.store.get(key)) for key in keys]
+        self.store.set(f"read/{self.rank}", "")
         for rank, theirs in enumerate(plans):
             if theirs != plans[0]:
+                with contextlib.suppress(dist.DistError):  # the store may end with rank 0: the others read first
+                    self.store.wait([f"read/{rank}" for rank in range(self.size)], READING)
                 raise PlanError(_difference(plans[0], theirs, rank))
 
 
