@@ -32,6 +32,7 @@ from autodecouple.passes.partitioning.limited import Limited
 from autodecouple.passes.partitioning.ranges import RangeMinimum
 from autodecouple.passes.partitioning.runs import FORBIDDEN, StageRuns
 from autodecouple.passes.partitioning.sums import RunSums
+from autodecouple.passes.partitioning.ways import find_ways
 from autodecouple.passes.trace import capture
 from autodecouple.plans import TensorSpec
 
@@ -174,6 +175,24 @@ def test_one_start_after_the_other_gives_the_same_costs(found: tuple[list[StageR
             assert [stage.holds(start, end) for end in range(start, count)] == (
                 costs[start:, start] < FORBIDDEN
             ).tolist()
+
+
+@settings(max_examples=100, suppress_health_check=list(HealthCheck))
+@given(stages_in_order(), st.integers(0, 30))
+def test_what_no_plan_within_a_bound_goes_through_is_left_out(
+    found: tuple[list[StageRuns], list[int]], bound: int
+) -> None:
+    """Starts that stages within the bound reach, and ends from which they go on to the model's end, by walking."""
+    stages = found[0]
+    tables, last = [table(stage) for stage in stages], stages[0].sums.num_segments - 1
+    begun, led = [{0}], [{last}]
+    for costs in tables[:-1]:
+        begun.append({end + 1 for start in begun[-1] for end in range(start, last) if costs[end, start] <= bound})
+    for costs in reversed(tables[1:]):
+        led.insert(0, {start - 1 for end in led[0] for start in range(1, end + 1) if costs[end, start] <= bound})
+    reached, leading = find_ways(stages, bound)
+    assert [set(row.nonzero()[:, 0].tolist()) for row in reached] == begun
+    assert [set(row.nonzero()[:, 0].tolist()) for row in leading] == led
 
 
 # --- stages of any costs ----------------------------------------------------------------------------------------------

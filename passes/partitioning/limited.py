@@ -12,9 +12,10 @@ from autodecouple.objectives.objective import Objective
 from autodecouple.passes.measuring.stage_costs import StageCosts
 from autodecouple.passes.partitioning.columns import minimise_slowest
 from autodecouple.passes.partitioning.runs import FORBIDDEN, StageRuns
+from autodecouple.passes.partitioning.ways import find_ways
 
-SLACKS = (101, 105, 125, 200)
-"""Per cent of the unlimited optimum: bounds that are tried first, since a tight one leaves few stages to look at."""
+SLACKS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+"""How much slower than without a limit the slowest stage may be, at first: tight bounds leave few stages to look at."""
 
 
 class Limited:
@@ -36,27 +37,34 @@ class Limited:
         self.objectives = objectives
         self.preference = preference
         self.limits = limits
-        kinds = [costs.kind(stage, objectives) for stage in range(len(stages))]
-        self._keys = [(kind, id(runs), limit) for kind, runs, limit in zip(kinds, stages, limits, strict=True)]
+        self._alike: dict[Any, list[int]] = {}  # stage numbers whose stages cost and take the same
+        for stage, (runs, limit) in enumerate(zip(stages, limits, strict=True)):
+            self._alike.setdefault((costs.kind(stage, objectives), id(runs), limit), []).append(stage)
+        self._bound = -1
 
     @property
     def num_stages(self) -> int:
         return len(self.stages)
 
     def column(self, start: int, bound: int) -> Tensor:
-        """(stages, ends) costs of the stages from one start; those that cost more than `bound` may be FORBIDDEN."""
+        """(stages, ends) costs of the stages from one start, FORBIDDEN where no plan within `bound` could hold one."""
+        if bound != self._bound:
+            self._bound, (self._reached, self._leading) = bound, find_ways(self.stages, bound)
         stop = max(runs.reach(start, bound) for runs in self.stages)
-        known: dict[Any, Tensor] = {}
-        for stage, key in enumerate(self._keys):
-            if key not in known:
-                known[key] = self._column(stage, start, stop, bound)
-        return torch.stack([known[key] for key in self._keys])
+        column = torch.full((len(self.stages), stop - start), FORBIDDEN, dtype=torch.int64)
+        for alike in self._alike.values():
+            used = [stage for stage in alike if self._reached[stage, start]]
+            if used:
+                column[used] = self._column(used, start, stop, bound)
+        return column
 
-    def _column(self, stage: int, start: int, stop: int, bound: int) -> Tensor:
+    def _column(self, alike: Sequence[int], start: int, stop: int, bound: int) -> Tensor:
+        stage = alike[0]
         costs, limit = self.stages[stage].costs_from(start, stop), self.limits[stage]
-        cheap = (costs <= bound).nonzero()[:, 0]
-        if len(cheap) and limit is not None:
-            first, last = int(cheap[0]), int(cheap[-1])
+        costs[(costs > bound) | ~self._leading[alike, start:stop].any(0)] = FORBIDDEN
+        left = (costs < FORBIDDEN).nonzero()[:, 0]
+        if len(left) and limit is not None:
+            first, last = int(left[0]), int(left[-1])
             needs = self.costs.needs(stage, self.objectives, start, (start + first, start + last))
             costs[first : last + 1][needs > limit] = FORBIDDEN
         return costs
@@ -67,5 +75,5 @@ def minimise_within(stages: Limited, fastest: int) -> tuple[int, ...] | None:
 
     fastest: cost of the slowest stage without a limit
     """
-    bounds = [*(min(fastest * slack // 100, FORBIDDEN - 1) for slack in SLACKS), FORBIDDEN - 1]
+    bounds = [*(min(int(fastest * (1 + slack)), FORBIDDEN - 1) for slack in SLACKS), FORBIDDEN - 1]
     return next((cuts for bound in bounds if (cuts := minimise_slowest(stages, bound)) is not None), None)
