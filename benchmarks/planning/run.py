@@ -68,7 +68,8 @@ def measure(graph: Graph, n_stages: int, limited: float | None) -> dict[str, flo
     candidates = timed(seconds, "cuts", lambda: find_cuts(fresh))
     plan = timed(seconds, "partition", lambda: choose_cuts(fresh, candidates, n_stages, objectives))
     legal = [candidate for candidate in candidates if candidate.cut is not None]
-    runs = StageCosts(fresh, legal).all_runs(n_stages, objectives)
+    costs = StageCosts(fresh, legal)
+    runs = [costs.runs(stage, objectives) for stage in range(n_stages)]
     timed(seconds, "search", lambda: minimise_slowest(runs, [0] * len(legal)))
     if limited is not None:
         limit = int(limited * max(stage.memory_bytes for stage in plan.stages))
