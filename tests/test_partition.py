@@ -193,6 +193,7 @@ def test_the_largest_number_of_stages_can_be_reached(program: Program) -> None:
     check_most(program)
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.slow
 @SLOW
 @given(programs())
