@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 Values = dict[str, Any]
 """Tensors and integers by the name of the node that made them."""
+
+
+def tensors_in(values: Any) -> list[torch.Tensor]:
+    """The tensors among values of any structure."""
+    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
 @dataclass
@@ -51,16 +58,15 @@ class Flag:
     """Whether a loss is finite, asked for without making the device wait: the answer travels behind the backward."""
 
     def __init__(self, loss: torch.Tensor) -> None:
-        self._value = torch.isfinite(loss)
+        self._value = loss
         self._event: torch.cuda.Event | None = None
         if loss.is_cuda:
-            host = torch.empty((), dtype=torch.bool, pin_memory=True)
-            host.copy_(self._value, non_blocking=True)
+            self._value = torch.empty_like(loss, device="cpu", pin_memory=True)
+            self._value.copy_(loss, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
-            self._value = host
 
     def is_set(self) -> bool:
         if self._event is not None:
             self._event.synchronize()
-        return bool(self._value)
+        return math.isfinite(self._value)

@@ -12,6 +12,7 @@ import torch
 from autodecouple.errors import InputError
 
 _KINDS = ("cpu", "cuda")
+_USUAL = contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,13 @@ class Caller:
             hooks,
         )
 
+    def entered(self) -> contextlib.AbstractContextManager[None]:
+        """Re-enter this state, here and now; what a thread begins with needs no entering."""
+        is_usual = not self.autocast and self.device is None and self.hooks is None
+        return _USUAL if is_usual and torch.is_grad_enabled() else self._entered()
+
     @contextlib.contextmanager
-    def entered(self) -> Iterator[None]:
-        """Re-enter this state, here and now."""
+    def _entered(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
             for kind, dtype in self.autocast:

@@ -16,7 +16,7 @@ from autodecouple.randomness import Randomness
 from autodecouple.schedules.actions import Action, Op
 from autodecouple.schedules.program import Program
 from autodecouple.stage import Stage
-from autodecouple.work import Values, Work
+from autodecouple.work import Values, Work, tensors_in
 
 Key = tuple[str, int, int | None]
 """Of a value in transit: what it is ("activations", "signal", "gradient", "target"), for or of which stage, slice."""
@@ -197,8 +197,7 @@ class Step:
 
 def _memory(values: Any) -> frozenset[int]:
     """Where the tensors among these values lie."""
-    tensors = (leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor))
-    return frozenset(tensor.untyped_storage().data_ptr() for tensor in tensors)
+    return frozenset(tensor.untyped_storage().data_ptr() for tensor in tensors_in(values))
 
 
 def _number(action: Action) -> int:

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from autodecouple.errors import InputError
 from autodecouple.stage import Stage
+from autodecouple.work import tensors_in
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,7 @@ def check_unchanged(parcel: Parcel) -> None:
 
 
 def _versions(values: Any) -> tuple[int, ...]:
-    tensors = (leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor))
-    return tuple(-1 if tensor.is_inference() else tensor._version for tensor in tensors)
+    return tuple(-1 if tensor.is_inference() else tensor._version for tensor in tensors_in(values))
 
 
 class Queue(Protocol):
@@ -70,9 +70,8 @@ class CpuQueue:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    @contextlib.contextmanager
-    def entered(self) -> Iterator[None]:
-        yield
+    def entered(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def send(self, values: Any) -> Parcel:
         return pack(values)
@@ -175,7 +174,7 @@ def pack_from_caller(values: Any, devices: Iterable[torch.device]) -> Parcel:
     devices: of all stages. Also where the values are on the CPU: an evaluation that the caller queued just before may
     still be reading the parameters that this batch will update.
     """
-    own = {leaf.device for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)}
+    own = {tensor.device for tensor in tensors_in(values)}
     events = []
     for device in {*own, *devices}:
         if device.type == "cuda":
@@ -187,13 +186,16 @@ def pack_from_caller(values: Any, devices: Iterable[torch.device]) -> Parcel:
 
 def lend_to_caller(values: Any) -> Any:
     """The same values, their memory not used again before the caller's stream has done with them."""
-    for leaf in pytree.tree_leaves(values):
-        if isinstance(leaf, torch.Tensor) and leaf.is_cuda:
-            leaf.record_stream(torch.cuda.current_stream(leaf.device))
+    for tensor in tensors_in(values):
+        if tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
     return values
 
 
 def _moved(values: Any, device: torch.device) -> Any:
+    if all(tensor.device == device for tensor in tensors_in(values)):
+        return values
+
     def move(value: Any) -> Any:
         # a copy to the processor must be complete when it returns: nothing on that side would wait for it
         return value.to(device, non_blocking=device.type != "cpu") if isinstance(value, torch.Tensor) else value

@@ -90,7 +90,8 @@ def widen(tensor: Tensor) -> Tensor:
 def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
     """Autocast off on the tensor's device: projectors follow the caller's autocast, losses do not."""
     kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if is_on else nullcontext()
 
 
 def unit_rows(rows: Tensor) -> Tensor:
