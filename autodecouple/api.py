@@ -26,6 +26,7 @@ from autodecouple.options import (
 )
 from autodecouple.passes.candidates import Candidate, find_cuts
 from autodecouple.passes.capturing.tied import untied
+from autodecouple.passes.measuring.updates import MakeOptimizer
 from autodecouple.pipeline import decide, note_untied, prepare, with_target
 from autodecouple.plans import Plan
 from autodecouple.schedules import Schedule
@@ -46,7 +47,7 @@ def compile(
     example_inputs: Any = None,
     example_target: Any = None,
     criterion: Callable[[Any, Any], torch.Tensor] | None = None,
-    optimizer: Callable[[list[nn.Parameter]], Optimizer] = default_optimizer,
+    optimizer: MakeOptimizer = default_optimizer,
     scheduler: Callable[[Optimizer], Any] | None = None,
     devices: Sequence[Any] | None = None,
     plan: Plan | None = None,
@@ -80,7 +81,7 @@ def compile(
                     under torchrun one per process
     plan:           a plan to build instead of deciding one; schedule: a name or a value from autodecouple.schedules
     cost:           what balances the stages: "flops" of a training step, or the seconds that its parts take, "measured"
-                    on the devices: the model then runs, and is afterwards as it was
+                    on the devices: the model then runs, and is afterwards as it was; the optimizer is timed, too
     cut_at:         nodes or modules after which to cut; no_split: modules, or classes of them, never cut inside
     memory_limit:   bytes that a stage may take
     tied:           a parameter under several names holds its uses "together" in one stage; "untie" makes one for each
@@ -107,6 +108,7 @@ def compile(
         detach_classifier=detach_classifier,
         plan=plan,
         recompute=recompute,
+        optimizer=optimizer,
     )
     training = Training(optimizer, scheduler, clip_grad_norm, accumulate, on_nonfinite, wish.recompute)
     training = check_training(training)
@@ -149,6 +151,7 @@ def plan(
     dynamic: Sequence[int] = (),
     detach_classifier: bool | str = False,
     recompute: bool = False,
+    optimizer: MakeOptimizer = default_optimizer,
 ) -> Plan:
     """Decide where to cut without building anything; arguments as for `compile`. Meta tensors compute nothing."""
     wish = Wish.checked(
@@ -161,6 +164,7 @@ def plan(
         no_split=no_split,
         detach_classifier=detach_classifier,
         recompute=recompute,
+        optimizer=optimizer,
     )
     how: dict[str, Any] = {"example_target": example_target, "mode": mode, "dynamic": dynamic}
     with _captured(model, example_inputs, tied, **how) as graph:

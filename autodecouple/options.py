@@ -15,6 +15,7 @@ from autodecouple.errors import InputError, PlanError
 from autodecouple.executors import EXECUTORS
 from autodecouple.executors.world import one_lane_per_rank, world_size
 from autodecouple.objectives import Objective
+from autodecouple.passes.measuring.updates import MakeOptimizer
 from autodecouple.passes.partition import check_n_stages
 from autodecouple.passes.place import check_lane, default_devices
 from autodecouple.plans import Plan
@@ -51,7 +52,10 @@ class Capturing:
 
 @dataclass(frozen=True)
 class Wish:
-    """What a plan is asked to be; `n_stages` counts without the extra stage of a detached classifier."""
+    """What a plan is asked to be; `n_stages` counts without the extra stage of a detached classifier.
+
+    optimizer: whose time counts where the cost is measured
+    """
 
     n_stages: int
     objectives: tuple[Objective, ...]
@@ -63,6 +67,7 @@ class Wish:
     plan: Plan | None = None
     cost: str = "flops"
     recompute: bool = False
+    optimizer: MakeOptimizer | None = None
 
     @staticmethod
     def checked(
@@ -77,6 +82,7 @@ class Wish:
         detach_classifier: bool | str = False,
         plan: Plan | None = None,
         recompute: bool = False,
+        optimizer: MakeOptimizer | None = None,
     ) -> Wish:
         """Raises InputError, PartitionError or PlanError for what can be refused without the model."""
         if cost not in COSTS:
@@ -99,7 +105,7 @@ class Wish:
         found = objectives.resolve(loss, hidden)
         recompute = recompute or (plan is not None and plan.recompute)
         levers = tuple(cut_at), memory_limit, tuple(no_split), detach_classifier
-        return Wish(n_stages, found, lanes, *levers, plan, cost, recompute)
+        return Wish(n_stages, found, lanes, *levers, plan, cost, recompute, optimizer)
 
 
 @dataclass(frozen=True)

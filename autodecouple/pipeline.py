@@ -91,7 +91,7 @@ def decide(graph: Graph, candidates: tuple[Candidate, ...], wish: Wish, example_
         plan = arrange(graph, candidates, wish, charge_flops(graph, lanes_of(wish), wish.recompute))
     else:
         example = () if example_inputs is None else bind(graph, example_inputs)
-        charges = charge_nanoseconds(graph, candidates, lanes_of(wish), example, wish.recompute)
+        charges = charge_nanoseconds(graph, candidates, lanes_of(wish), example, wish.recompute, wish.optimizer)
         plan = with_seconds(arrange(graph, candidates, wish, charges), charges, wish.objectives)
         plan = dataclasses.replace(plan, links=time_links(lanes_of(wish)))
     return dataclasses.replace(plan, warnings=(*plan.warnings, *_warnings(graph, plan)))

@@ -213,7 +213,7 @@ class Stage:
         gradients = [parameter.grad for parameter in self.parameters] if self.pending else []
         for parameter in self.parameters:
             parameter.grad = None
-        return Before(torch._foreach_clone(self.buffers) if self.buffers else [], gradients)
+        return Before(list(torch._foreach_clone(self.buffers)) if self.buffers else [], gradients)
 
     def discard(self, work: Work) -> None:
         """Forget a batch: gradients and buffers as they were before its forward."""

@@ -13,9 +13,10 @@ from autodecouple.devices import Device
 from autodecouple.graph import Graph
 from autodecouple.objectives.objective import Objective
 from autodecouple.passes.candidates import Candidate
-from autodecouple.passes.measuring.charges import Charge, average, charged, slowness
+from autodecouple.passes.measuring.charges import Charge, average, charged, slowness, with_updates
 from autodecouple.passes.measuring.links import time_link
 from autodecouple.passes.measuring.timing import Bench, HeadTimes, time_criterion, time_nodes
+from autodecouple.passes.measuring.updates import MakeOptimizer, UpdateTimes, charge_updates, time_updates
 from autodecouple.passes.partitioning.runs import FORBIDDEN
 from autodecouple.plans import Cut, Link, Plan, StageSpec
 
@@ -32,18 +33,22 @@ def charge_nanoseconds(
     devices: Sequence[Device],
     example: Sequence[Any] = (),
     recompute: bool = False,
+    optimizer: MakeOptimizer | None = None,
 ) -> tuple[Charge, ...]:
     """One charge per lane: every block between legal cuts is run on every device that is among them.
 
-    example: flat inputs of the model where they are at hand. CPU lanes share the threads that torch may use.
+    example: flat inputs of the model where they are at hand; optimizer: None leaves out what it takes. CPU lanes share
+    the threads that torch may use.
     """
     ends = [candidate.position for candidate in candidates if candidate.cut is not None]
     timed: dict[str, Charge] = {}
     for name in dict.fromkeys(device.name for device in devices):
         bench = bench_of(name, len(devices))
-        amounts = time_nodes(graph, ends, bench, example)
-        head, criterion = HeadTimes(bench), time_criterion(graph, bench)
-        timed[name] = Charge(charged(graph, amounts), head, criterion, recompute=recompute)
+        times = UpdateTimes() if optimizer is None else time_updates(optimizer, bench)
+        updates = charge_updates(graph, times)
+        amounts = with_updates(time_nodes(graph, ends, bench, example), updates)
+        head, criterion = HeadTimes(bench, times.per_byte), time_criterion(graph, bench)
+        timed[name] = Charge(charged(graph, amounts), head, criterion, updates=updates, recompute=recompute)
     return tuple(
         dataclasses.replace(timed[device.name], speed=device.speed, memory_limit=device.memory_limit)
         for device in devices

@@ -25,13 +25,16 @@ from autodecouple.errors import InputError, PartitionError, PlanError
 from autodecouple.graph import Graph
 from autodecouple.objectives import Objective, SupCon
 from autodecouple.objectives.backprop import Backprop
+from autodecouple.passes import charge
 from autodecouple.passes.candidates import Candidate, find_cuts
 from autodecouple.passes.measure import HeadCost, head_cost
 from autodecouple.passes.measuring import blocks, timing
-from autodecouple.passes.measuring.charges import Amount, Charge, charged, slowness
+from autodecouple.passes.measuring.charges import Amount, Charge, charged, slowness, with_updates
+from autodecouple.passes.measuring.clock import Clock
 from autodecouple.passes.measuring.entering import entering
 from autodecouple.passes.measuring.profile import PeakMemory
 from autodecouple.passes.measuring.timing import Bench, apportion, time_nodes
+from autodecouple.passes.measuring.updates import UpdateTimes, charge_updates, time_updates
 from autodecouple.passes.partition import choose_cuts
 from autodecouple.passes.place import assign_lanes
 from autodecouple.plans import Link, Plan, TensorSpec
@@ -229,6 +232,36 @@ def test_inputs_of_the_example_are_taken_where_they_are_real() -> None:
     assert not any(x.is_meta for x in entering(graph, torch.device("cpu"), meta).values())
 
 
+def test_an_optimizer_is_charged_for_parameters_and_for_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An optimizer that takes a known time is found to take it; the node that uses a parameter first pays."""
+    now = 0
+
+    class Known(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            nonlocal now
+            now += sum(5_000 + 4 * parameter.numel() for parameter in self.param_groups[0]["params"])
+
+    monkeypatch.setattr(Clock, "mark", lambda self: now)
+    times = time_updates(lambda params: Known(params, lr=0.1), CPU)
+    assert times.per_parameter == pytest.approx(5_000) and times.per_byte == pytest.approx(1)
+    graph, _ = captured()
+    found = charge_updates(graph, times)
+    trained = [parameter for parameter in graph.model.parameters() if parameter.requires_grad]
+    assert sum(found.values()) == pytest.approx(sum(5_000 + 4 * parameter.numel() for parameter in trained))
+    amounts = with_updates({name: (7, ((0, 1),)) for name in found}, found)
+    assert all(amounts[name] == (7 + update, ((0, 1),)) for name, update in found.items())
+
+
+def test_a_slow_optimizer_moves_the_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two layers with nearly all the parameters, side by side: a stage each, whatever else takes time."""
+    monkeypatch.setattr(charge, "time_updates", lambda *_: UpdateTimes(0.0, 1e6))
+    model = nn.Sequential(nn.Linear(4, 512), nn.Linear(512, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3))
+    graph = autodecouple.capture(model, torch.randn(2, 4))
+    with_it = autodecouple.plan(graph, n_stages=2, devices=["cpu"] * 2, loss="bp", cost="measured")
+    assert [cut.module for cut in with_it.cuts] == ["0"]
+    assert [stage.update_seconds for stage in with_it.stages] == pytest.approx([1e-3 * 4 * 5 * 512, 1e-3 * 4 * 2107])
+
+
 def test_a_model_without_weights_is_refused() -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -252,7 +285,7 @@ def timed() -> Plan:
 def test_a_timed_plan_holds_seconds_and_links(timed: Plan) -> None:
     assert timed.is_timed and len(timed.links) == 2
     for stage in timed.stages:
-        parts = (stage.forward_seconds, stage.backward_seconds, stage.head_seconds)
+        parts = (stage.forward_seconds, stage.backward_seconds, stage.head_seconds, stage.update_seconds)
         assert stage.head_seconds and stage.seconds == pytest.approx(sum(part or 0.0 for part in parts))
     assert all(link.bytes_per_second > 0 and link.latency_seconds > 0 for link in timed.links)
     assert timed.speedup == pytest.approx(sum(timed.costs) / max(timed.costs))
@@ -276,7 +309,9 @@ def test_the_table_and_the_figure_show_seconds(timed: Plan) -> None:
     plan = dataclasses.replace(
         timed,
         stages=tuple(
-            dataclasses.replace(s, forward_seconds=0.0012, backward_seconds=0.0024, head_seconds=0.0004)
+            dataclasses.replace(
+                s, forward_seconds=0.0012, backward_seconds=0.0024, head_seconds=0.0004, update_seconds=0.0
+            )
             for s in timed.stages
         ),
     )
@@ -289,7 +324,7 @@ def test_simulation_takes_the_seconds_of_the_plan(timed: Plan) -> None:
     table = {}
     for s in timed.stages:
         table |= {(s.index, Op.FORWARD): s.forward_seconds, (s.index, Op.BACKWARD): s.backward_seconds}
-        table |= {(s.index, Op.LOSS): s.head_seconds, (s.index, Op.UPDATE): 0.0}
+        table |= {(s.index, Op.LOSS): s.head_seconds, (s.index, Op.UPDATE): s.update_seconds}
     transfers = [
         link.latency_seconds + cut.num_bytes / link.bytes_per_second
         for cut, link in zip(timed.cuts, timed.links, strict=True)

@@ -72,6 +72,15 @@ def charged(graph: Graph, amounts: Mapping[str, Amount]) -> Graph:
     return dataclasses.replace(graph, measures=measures)
 
 
+def with_updates(amounts: Mapping[str, Amount], updates: Mapping[str, int]) -> dict[str, Amount]:
+    """Amounts whose forward holds what the optimizer takes, too."""
+    found = dict(amounts)
+    for name, update in updates.items():
+        forward, backward = found.get(name, (0, ()))
+        found[name] = forward + update, backward
+    return found
+
+
 def slowness(speeds: Sequence[float], most: int) -> tuple[int, ...]:
     """What costs are multiplied with on each lane: whole numbers, so that they stay exact, in the ratio of the speeds.
 

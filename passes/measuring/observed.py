@@ -11,6 +11,7 @@ from autodecouple.graph import Graph, Measure
 from autodecouple.objectives.objective import Objective
 from autodecouple.passes.measure import HeadCost, head_cost
 from autodecouple.passes.measuring.charges import Amount, Charge, charged
+from autodecouple.passes.measuring.updates import charge_updates
 from autodecouple.plans import Plan, StageSpec, TensorSpec
 from autodecouple.schedules.actions import Op
 from autodecouple.timeline import Timeline
@@ -84,15 +85,7 @@ def _amounts(
 def _updates(graph: Graph, plan: Plan, seconds: Seconds) -> dict[str, int]:
     """Nanoseconds of the optimizer, by the node that uses a parameter first."""
     rates = {name: _per_byte([stage], seconds) for stage in plan.stages for name in stage.nodes}
-    found: dict[str, int] = {}
-    parameters = dict(graph.train.named_parameters(remove_duplicate=False))
-    for name, uses in graph.parameter_uses().items():
-        if uses:
-            node = graph.operations[min(uses)].name
-            parameter = parameters[name]
-            cost = parameter.numel() * parameter.element_size() * rates[node]
-            found[node] = found.get(node, 0) + round(cost)
-    return found
+    return charge_updates(graph, lambda node, x: rates[node] * x.numel() * x.element_size())
 
 
 def _per_byte(stages: Sequence[StageSpec], seconds: Seconds) -> float:

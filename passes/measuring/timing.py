@@ -178,10 +178,14 @@ def apportion(graph: Graph, block: Block, backward: int) -> tuple[tuple[int, int
 
 
 class HeadTimes:
-    """Nanoseconds of heads, timed when they are first asked for: `HeadPrice`."""
+    """Nanoseconds of heads, timed when they are first asked for: `HeadPrice`.
 
-    def __init__(self, bench: Bench) -> None:
+    per_byte: of their parameters, what the optimizer takes
+    """
+
+    def __init__(self, bench: Bench, per_byte: float = 0.0) -> None:
         self._bench = bench
+        self._per_byte = per_byte
         self._known: dict[Any, int] = {}
 
     def __call__(self, objective: Objective, features: Sequence[TensorSpec], signal: TensorSpec) -> HeadCost:
@@ -191,7 +195,8 @@ class HeadTimes:
             with self._bench.entered() as clock:
                 head = gathered_head(objective, features, signal).to(self._bench.device)
                 self._known[key] = time_loss(head, features, signal, clock)
-        return dataclasses.replace(counted, flops=self._known[key])
+        update = round(counted.parameter_bytes * self._per_byte)
+        return dataclasses.replace(counted, flops=self._known[key] + update)
 
 
 def time_criterion(graph: Graph, bench: Bench) -> int:
