@@ -65,17 +65,20 @@ class Randomness:
         if enable_gqa:
             repeats = query.shape[-3] // key.shape[-3]
             key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
-        weights = query @ key.transpose(-2, -1) * (scale if scale is not None else query.shape[-1] ** -0.5)
+        weights = query * (scale if scale is not None else query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
         if is_causal:
-            mask = torch.ones(weights.shape[-2:], dtype=torch.bool, device=query.device).tril()
-        if mask is not None and mask.dtype == torch.bool:
-            weights = weights.masked_fill(~mask, -torch.inf)
-        elif mask is not None:
-            weights = weights + mask
+            hidden = torch.ones(weights.shape[-2:], dtype=torch.bool, device=query.device).triu(1)
+            weights = weights.masked_fill_(hidden, -torch.inf)
+        if mask is None:
+            return self.dropout(weights.softmax(-1), dropout, node) @ value
         # a row that may look at nothing gives zeros, as in the fused kernels, and a gradient of zero
-        blind = (weights == -torch.inf).all(-1, keepdim=True)
-        weights = weights.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
-        return self.dropout(weights, dropout, node) @ value
+        if mask.dtype == torch.bool:
+            blind = ~mask.any(-1, keepdim=True)
+            weights = weights.masked_fill_(~(mask | blind), -torch.inf)
+        else:
+            blind = (mask == -torch.inf).all(-1, keepdim=True)
+            weights = weights + mask.masked_fill(blind, 0.0)
+        return (self.dropout(weights.softmax(-1), dropout, node) @ value).masked_fill(blind, 0.0)
 
     def seeded(self, operation: Any, node: str, *args: Any, **kwargs: Any) -> Any:
         """Run an operation that draws inside its kernel, from the default generator, seeded for this one call.
@@ -95,9 +98,52 @@ class Randomness:
 
 
 def masked(x: torch.Tensor, p: float, generator: torch.Generator | None = None) -> torch.Tensor:
-    """`x` behind a mask from the generator; for the backward it keeps one byte per element."""
-    mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p, generator=generator)
-    return (x * mask).div_(1 - p)
+    """`x` behind a mask from the generator; for the backward it keeps one byte per element.
+
+    p: above 0 it is taken to the next multiple of 2**-16, which each element is kept or dropped by
+    """
+    if p == 0:
+        return x
+    kept = min(max(1, round((1 - p) * STEPS)), STEPS - 1)
+    mask = _draw(x, kept, generator)
+    found: torch.Tensor = _Masked.apply(x, mask, STEPS / kept)  # type: ignore[no-untyped-call]
+    return found
+
+
+STEPS = 2**16
+
+
+def _draw(x: torch.Tensor, kept: int, generator: torch.Generator | None) -> torch.Tensor:
+    """A bool for every element of `x`, True with probability kept / STEPS.
+
+    The generator of the CPU is slow, and gives 64 bits at a time: enough for four elements.
+    """
+    if x.device.type != "cpu":
+        return torch.empty_like(x, dtype=torch.bool).bernoulli_(kept / STEPS, generator=generator)
+    count = x.numel()
+    words = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    return (words.view(torch.int16)[:count] < kept - STEPS // 2).view(x.shape)
+
+
+class _Masked(torch.autograd.Function):
+    """Multiplication with a mask and a number, of which only the mask is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+        ctx.save_for_backward(mask)
+        ctx.scale = scale
+        return _times(x, mask, scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        (mask,) = ctx.saved_tensors
+        return _times(gradient, mask, ctx.scale), None, None
+
+
+def _times(x: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    # The CPU multiplies numbers of one type several times as fast as numbers with truth values.
+    factor = mask.view(torch.uint8).to(x.dtype) if x.device.type == "cpu" else mask
+    return (x * factor).mul_(scale)
 
 
 def _generator_for(args: Any, kwargs: Any) -> torch.Generator:

@@ -31,6 +31,17 @@ settings.register_profile("thorough", deadline=None, max_examples=1000, print_bl
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 
+SLOW_SECONDS = 900
+"""What a slow test may take where other work keeps the machine busy; hanging it may not."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("slow"):
+            own = item.get_closest_marker("timeout")
+            item.add_marker(pytest.mark.timeout(max((SLOW_SECONDS, *(own.args if own else ())))), append=False)
+
+
 def _workers() -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if thread.name.startswith("autodecouple-")}
 

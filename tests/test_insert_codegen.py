@@ -523,8 +523,33 @@ def test_dropout_keeps_the_mean_and_the_share(p: float) -> None:
     kept = found != 0
     assert abs(float(kept.float().mean()) - (1 - p)) < 0.02
     if p < 1:
-        assert torch.allclose(found[kept], X[kept] / (1 - p)), "what is kept is scaled"
+        share = round((1 - p) * 2**16) / 2**16  # p comes in these steps, and the scale is the inverse of its step
+        assert torch.allclose(found[kept], X[kept] / share), "what is kept is scaled"
         assert abs(float(found.mean()) - 1) < 0.06
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_neighbours_are_dropped_independently(p: float) -> None:
+    """Four of them share one random number, 16 bits each: every pattern comes as often as chance has it."""
+    kept = (Randomness(3).dropout(torch.ones(400_000), p, "dropout") != 0).view(-1, 4).long()
+    counts = torch.bincount(kept @ torch.tensor([1, 2, 4, 8]), minlength=16) / len(kept)
+    for pattern, share in enumerate(counts.tolist()):
+        ones = bin(pattern).count("1")
+        assert abs(share - (1 - p) ** ones * p ** (4 - ones)) < 0.005
+
+
+def test_a_mask_depends_on_neither_memory_nor_precision() -> None:
+    """Element by element in the order of the indices: so channels_last and half precision drop what float32 drops."""
+    x = torch.ones(2, 3, 5, 7)
+    usual = Randomness(0).dropout(x, 0.4, "dropout")
+    for other in (x.to(memory_format=torch.channels_last), x.bfloat16(), x.double()):
+        found = Randomness(0).dropout(other, 0.4, "dropout")
+        assert found.stride() == other.stride() and torch.equal(found != 0, usual != 0)
+
+
+@pytest.mark.parametrize("p", [1e-9, 1 - 1e-9])
+def test_dropout_of_nearly_nothing_and_nearly_all_stays_finite(p: float) -> None:
+    assert torch.isfinite(Randomness(0).dropout(torch.ones(1000), p, "dropout")).all()
 
 
 def test_dropout_has_the_gradient_of_its_mask() -> None:
@@ -617,13 +642,17 @@ def test_whatever_draws_draws_by_its_key(name: str) -> None:
 
 @pytest.mark.parametrize(("causal", "kind"), [(False, None), (True, None), (False, "bool"), (False, "float")])
 def test_attention_written_out_is_the_kernel(causal: bool, kind: str | None) -> None:
-    """With a dropout that spares everything, keyed attention gives what the fused kernel gives, masks included."""
+    """With a dropout that spares next to all, keyed attention gives what the fused kernel gives, masks included.
+
+    The smallest step of its p is 2**-16, by which what is kept is scaled.
+    """
     q, k, v = (torch.randn(3, 2, 5, 4) for _ in range(3))
     keep = torch.rand(3, 1, 5, 5) < 0.7
     keep[..., 0] = True
     given = {None: None, "bool": keep, "float": torch.randn(3, 2, 5, 5)}[kind]
     found = Randomness(0).attention("n", q, k, v, given, 1e-9, causal)
-    torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k, v, given, 0.0, causal))
+    expected = F.scaled_dot_product_attention(q, k, v, given, 0.0, causal)
+    torch.testing.assert_close(found, expected, rtol=4 * 2**-16, atol=1e-5)
 
 
 def test_frozen_dropout_draws_nothing() -> None:
