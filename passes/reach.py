@@ -22,7 +22,7 @@ class Reach:
     """
 
     def __init__(self, graph: Graph) -> None:
-        self.measures = {node: graph.measures[node.name] for node in graph.train.graph.nodes if node.op != "output"}
+        self.measures = graph.measured
         uses = {name: at for name, at in graph.parameter_uses().items() if name in graph.trained and at}
         self.last = max((max(at) for at in uses.values()), default=-1)
         self.first_use: list[int] = []  # by bits
@@ -30,41 +30,42 @@ class Reach:
         self.room = ROOM
         self._starting: dict[int, list[frozenset[int]]] = {}  # the storages of parameters, by their first use
         self._list_parameters(graph, {name: min(at) for name, at in uses.items()})
-        self._last_use = self._last_uses(graph)
+        self._ending = self._list_endings(graph)
 
     def _list_parameters(self, graph: Graph, first: dict[str, int]) -> None:
         storages: dict[str, frozenset[int]] = {}
-        for node in graph.owned:
-            name, found = graph.parameter_name(node), self.measures[node].storages
+        for node, name in graph.names.items():
+            found = self.measures[node].storages
             known = storages.setdefault(name, found)
             if known is not found:
                 storages[name] = known | found
         for name, position in first.items():
             self._starting.setdefault(position, []).append(storages[name])
 
-    def _last_uses(self, graph: Graph) -> dict[int, int]:
-        """Of each storage the last operation that reads or writes it; what the model returns is used to the end."""
+    def _list_endings(self, graph: Graph) -> list[list[int]]:
+        """By operations, the storages that are used for the last time; what the model returns is used to the end."""
+        storages = {node: measure.storages for node, measure in self.measures.items()}
         last: dict[int, int] = {}
         for position, node in enumerate(graph.operations):
             for value in (node, *node.all_input_nodes):
-                for storage in self.measures[value].storages:
+                for storage in storages[value]:
                     last[storage] = position
         for value in graph.train.graph.output_node().all_input_nodes:
-            last |= dict.fromkeys(self.measures[value].storages, len(graph.operations))
-        return last
+            last |= dict.fromkeys(storages[value], len(graph.operations))
+        ending: list[list[int]] = [[] for _ in range(len(graph.operations) + 1)]
+        for storage, position in last.items():
+            ending[position].append(storage)
+        return ending
 
     def visit(self, node: fx.Node) -> None:
         """Let what the operation reads reach what it gives and writes."""
         measure = self.measures[node]
         self._begin(measure.position)
-        sources = node.all_input_nodes
-        reached = self._union(sources, measure.position)
-        for storage in measure.storages | measure.writes if reached else ():
+        reached = self._union(node.all_input_nodes, measure.position)
+        for storage in (*measure.storages, *measure.writes) if reached else ():
             self.sets[storage] = self.sets.get(storage, 0) | reached
-        for value in (node, *sources):
-            for storage in self.measures[value].storages:
-                if self._last_use[storage] == measure.position:
-                    self.sets.pop(storage, None)
+        for storage in self._ending[measure.position]:
+            self.sets.pop(storage, None)
 
     def _begin(self, position: int) -> None:
         """The parameters that are first used here get a bit each."""
