@@ -113,6 +113,7 @@ class _Sweep:
         self.reach = Reach(graph)
         self.unreadable: dict[fx.Node, str] = {}
         self.owned = frozenset[int]().union(*(self.measures[node].storages for node in graph.names))
+        self.kept = self.owned.union(self.last_write)  # memory that a stage may have to copy from
 
     def __iter__(self) -> Iterator[Candidate]:
         inputs = sorted(self.graph.train.graph.find_nodes(op="placeholder"), key=lambda node: node.name)
@@ -139,21 +140,21 @@ class _Sweep:
         if reason:
             return Candidate(node, position, ended, None, reason)
         features = [value for value in carrying if not self._unreadable(value)]
-        reads, blind = self.reach.thresholds(features, carrying, position)
-        values = [value for value in live if not live[value].recomputed]
-        specs = [(value, measure.value) for value, measure in live.items() if value not in carrying]
-        others = [(value, spec) for value, spec in specs if spec is not None]
+        unread = [value for value in carrying if value not in features]
+        reads, blind = self.reach.thresholds(features, unread)
+        others = [(value, measure.value) for value, measure in live.items() if value not in carrying]
         mask, meaning = find_mask(self._spec(features[0]), others)
+        values = [value for value, measure in live.items() if not measure.recomputed]
         cut = Cut(
             after=node,
-            crossing=tuple(self._spec(value) for value in values),
-            carrying=tuple(value.name for value in (*features, *(v for v in carrying if v not in features))),
+            crossing=tuple([self._spec(value) for value in values]),
+            carrying=tuple([value.name for value in (*features, *unread)]),
             features=(features[0].name,),
             mask=mask,
             mask_meaning=meaning,
-            copied=tuple(value.name for value in values if self._must_copy(value, position)),
+            copied=tuple([value.name for value in values if self._must_copy(value, position)]),
             module=ended[0] if ended else "",
-            recomputed=tuple(value.name for value, measure in live.items() if measure.recomputed),
+            recomputed=tuple([value.name for value, measure in live.items() if measure.recomputed]),
         )
         named = tuple((value.name, threshold) for value, threshold in zip(features, reads, strict=True))
         return Candidate(node, position, ended, cut, reads=named, blind=blind)
@@ -218,9 +219,8 @@ class _Sweep:
     def _must_copy(self, value: fx.Node, position: int) -> bool:
         """A later write would corrupt what this stage saved; an update would change a view of a parameter."""
         storages = self.measures[value].storages
-        if not self.owned.isdisjoint(storages):
-            return True
-        return bool(self.last_write) and any(self.last_write.get(storage, -1) > position for storage in storages)
+        risky = self.kept & storages
+        return any(storage in self.owned or self.last_write[storage] > position for storage in risky)
 
     def _name(self, position: int) -> str:
         return self.operations[position].name

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+import operator
+from collections.abc import Sequence
 
 from torch import fx
 
-from autodecouple.graph import Graph
+from autodecouple.graph import Graph, Measure
 
 ROOM = 256
 """Bits that may be taken before parameters that cannot be told apart any more are merged."""
@@ -61,7 +63,10 @@ class Reach:
         """Let what the operation reads reach what it gives and writes."""
         measure = self.measures[node]
         self._begin(measure.position)
-        reached = self._union(node.all_input_nodes, measure.position)
+        reached = 0
+        for source in map(self.measures.__getitem__, node.all_input_nodes):
+            if source.carries_gradient(measure.position):
+                reached |= self._reaching(source)
         for storage in (*measure.storages, *measure.writes) if reached else ():
             self.sets[storage] = self.sets.get(storage, 0) | reached
         for storage in self._ending[measure.position]:
@@ -92,25 +97,22 @@ class Reach:
         }
         self.sets = {storage: shorter[members] for storage, members in self.sets.items()}
 
-    def thresholds(
-        self, features: Sequence[fx.Node], carrying: Sequence[fx.Node], position: int
-    ) -> tuple[list[int], int]:
+    def thresholds(self, features: Sequence[fx.Node], unread: Sequence[fx.Node]) -> tuple[list[int], int]:
         """For each of the features, the last first use of a parameter that those before it do not see; then the same
-        for what the features together do not see of all that carries a gradient. -1 where nothing is missed."""
+        for what they together do not see of all that carries a gradient unread. -1 where nothing is missed."""
         seen, found = 0, []
         for value in features:
-            reached = self._union([value], position)
+            reached = self._reaching(self.measures[value])
             found.append(self._last_first_use(reached & ~seen))
             seen |= reached
-        return found, self._last_first_use(self._union(carrying, position) & ~seen)
+        missed = functools.reduce(operator.or_, [self._reaching(self.measures[value]) for value in unread], 0)
+        return found, self._last_first_use(missed & ~seen)
 
-    def _union(self, values: Iterable[fx.Node], position: int) -> int:
+    def _reaching(self, measure: Measure) -> int:
+        """The parameters that lead to a value."""
         union = 0
-        for value in values:
-            measure = self.measures[value]
-            if measure.carries_gradient(position):
-                for storage in measure.storages:
-                    union |= self.sets.get(storage, 0)
+        for storage in measure.storages:
+            union |= self.sets.get(storage, 0)
         return union
 
     def _last_first_use(self, parameters: int) -> int:
