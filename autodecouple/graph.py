@@ -83,6 +83,24 @@ class Graph:
         """The nodes that compute, in execution order; their index is their position."""
         return operations(self.train.graph)
 
+    @functools.cached_property
+    def positions(self) -> Mapping[fx.Node, int]:
+        return {node: position for position, node in enumerate(self.operations)}
+
+    @functools.cached_property
+    def measured(self) -> Mapping[fx.Node, Measure]:
+        """The measures by the nodes themselves."""
+        return {node: self.measures[node.name] for node in self.train.graph.nodes if node.op != "output"}
+
+    @functools.cached_property
+    def writers(self) -> Mapping[int, list[int]]:
+        """Positions of the operations that write into each storage which is written into, in order."""
+        writers: dict[int, list[int]] = {}
+        for position, node in enumerate(self.operations):
+            for storage in self.measures[node.name].writes:
+                writers.setdefault(storage, []).append(position)
+        return writers
+
     @property
     def device(self) -> torch.device:
         """Where the model's parameters lie at capture."""
@@ -141,24 +159,18 @@ class Graph:
 
     @functools.cached_property
     def _uses(self) -> Mapping[str, list[int]]:
-        positions = {node: i for i, node in enumerate(self.operations)}
         uses: dict[str, list[int]] = {}
         for node, value in self.owned.items():
             if isinstance(value, nn.Parameter) and value.requires_grad:
-                name = self.parameter_name(node)
-                uses.setdefault(name, []).extend(positions[user] for user in node.users if user in positions)
+                at = [self.positions[user] for user in node.users if user in self.positions]
+                uses.setdefault(self.names[node], []).extend(at)
         return uses
 
-    def parameter_name(self, node: fx.Node) -> str:
-        """The name that stands for the tensor of a get_attr node: the first of those that a tied one has here."""
-        return self._names.get(id(self.owned[node]), str(node.target))
-
     @functools.cached_property
-    def _names(self) -> dict[int, str]:
-        names: dict[int, str] = {}
-        for node, value in self.owned.items():
-            names.setdefault(id(value), str(node.target))
-        return names
+    def names(self) -> Mapping[fx.Node, str]:
+        """The name that stands for the tensor of each get_attr node: the first of those that a tied one has here."""
+        first: dict[int, str] = {}
+        return {node: first.setdefault(id(value), str(node.target)) for node, value in self.owned.items()}
 
     @functools.cached_property
     def owned(self) -> Mapping[fx.Node, Any]:
@@ -176,7 +188,7 @@ class Graph:
     @functools.cached_property
     def trained(self) -> frozenset[str]:
         """Names of the trainable parameters to which a gradient of the outputs comes back."""
-        return frozenset(self.parameter_name(node) for node in self.owned if self.measures[node.name].in_loss)
+        return frozenset(name for node, name in self.names.items() if self.measures[node.name].in_loss)
 
 
 def operations(graph: fx.Graph) -> list[fx.Node]:

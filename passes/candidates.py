@@ -6,18 +6,19 @@ else that is used behind it (masks, positions, integers) travels beside them, or
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
 
 from autodecouple.errors import CutError
-from autodecouple.graph import Graph, module_classes, module_path
+from autodecouple.graph import Graph, Measure, module_classes, module_path
 from autodecouple.passes.capturing.tied import way_out
 from autodecouple.passes.collecting import uncollected
 from autodecouple.passes.masks import find_mask
-from autodecouple.passes.measuring.recomputable import needed_at
+from autodecouple.passes.measuring.recomputable import Needs
 from autodecouple.passes.reach import Reach
 from autodecouple.plans import Cut, TensorSpec
 
@@ -92,6 +93,10 @@ def _extents(graph: Graph, name: str) -> list[tuple[int, int]]:
     return list(extents.values())
 
 
+Live = Mapping[fx.Node, Measure]
+"""The values that are used behind a place, by position."""
+
+
 class _Sweep:
     """Walks the operations once, keeping the values that are still needed.
 
@@ -101,30 +106,26 @@ class _Sweep:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.operations = graph.operations
-        self.measures = {node: graph.measures[node.name] for node in graph.train.graph.nodes if node.op != "output"}
-        positions = {node: i for i, node in enumerate(self.operations)}
-        end = len(self.operations)
-        self.last_use = {node: max(at, default=-1) for node, at in needed_at(graph).items()}
-        for node in filter(self._is_recomputed, self.measures):
-            self.last_use[node] = max((positions.get(user, end) for user in node.users), default=-1)
-        self.last_write: dict[int, int] = {}
-        for position, node in enumerate(self.operations):
-            for storage in self.measures[node].writes:
-                self.last_write[storage] = position
-        self.blocked = _blocked(_spans(graph), end)
+        self.measures = graph.measured
+        self.last_use = Needs(graph).last()
+        self.last_write = {storage: writers[-1] for storage, writers in graph.writers.items()}
+        self.blocked = _blocked(_spans(graph), len(self.operations))
         self.reach = Reach(graph)
         self.unreadable: dict[fx.Node, str] = {}
-        self.owned = frozenset[int]().union(*(m.storages for n, m in self.measures.items() if n.op == "get_attr"))
+        self.owned = frozenset[int]().union(*(self.measures[node].storages for node in graph.names))
+        self.kept = self.owned.union(self.last_write)  # memory that a stage may have to copy from
 
     def __iter__(self) -> Iterator[Candidate]:
-        live = {node for node in self.measures if node.op == "placeholder" and self.last_use[node] >= 0}
+        inputs = sorted(self.graph.train.graph.find_nodes(op="placeholder"), key=lambda node: node.name)
+        live = {node: self.measures[node] for node in inputs if node in self.last_use}
         before, twin = None, ""
-        for position, node in enumerate(self.operations[:-1]):
-            if self.last_use[node] > position:
-                live.add(node)
-            live = {value for value in live if self.last_use[value] > position}
+        paths = ((node, module_path(node)) for node in self.operations)
+        for position, ((node, path), (_, following)) in enumerate(itertools.pairwise(paths)):
+            live[node] = self.measures[node]
+            live = {value: measure for value, measure in live.items() if self.last_use.get(value, -1) > position}
             self.reach.visit(node)
-            candidate = self._candidate(position, node, live)
+            ended = tuple(name for name in path if name and name not in following)
+            candidate = self._candidate(position, ended, live)
             if candidate.cut is not None:
                 now = candidate.cut.crossing, candidate.cut.mask
                 if before == now:
@@ -133,47 +134,42 @@ class _Sweep:
                     before, twin = now, node.name
             yield candidate
 
-    def _is_recomputed(self, node: fx.Node) -> bool:
-        return self.measures[node].recomputed
-
-    def _candidate(self, position: int, node: fx.Node, live: set[fx.Node]) -> Candidate:
-        ended = ended_modules(node, self.operations[position + 1])
-        carrying = self._carrying(position, live)
+    def _candidate(self, position: int, ended: tuple[str, ...], live: Live) -> Candidate:
+        node, carrying = self._name(position), self._carrying(position, live)
         reason = self._reason(position, live, carrying)
         if reason:
-            return Candidate(node.name, position, ended, None, reason)
+            return Candidate(node, position, ended, None, reason)
         features = [value for value in carrying if not self._unreadable(value)]
-        reads, blind = self.reach.thresholds(features, carrying, position)
-        used = sorted(live, key=lambda value: (self.measures[value].position, value.name))
-        values = [value for value in used if not self._is_recomputed(value)]
-        specs = [(value, self.measures[value].value) for value in used if value not in carrying]
-        others = [(value, spec) for value, spec in specs if spec is not None]
+        unread = [value for value in carrying if value not in features]
+        reads, blind = self.reach.thresholds(features, unread)
+        others = [(value, measure.value) for value, measure in live.items() if value not in carrying]
         mask, meaning = find_mask(self._spec(features[0]), others)
+        values = [value for value, measure in live.items() if not measure.recomputed]
         cut = Cut(
-            after=node.name,
-            crossing=tuple(self._spec(value) for value in values),
-            carrying=tuple(value.name for value in (*features, *(v for v in carrying if v not in features))),
+            after=node,
+            crossing=tuple([self._spec(value) for value in values]),
+            carrying=tuple([value.name for value in (*features, *unread)]),
             features=(features[0].name,),
             mask=mask,
             mask_meaning=meaning,
-            copied=tuple(value.name for value in values if self._must_copy(value, position)),
+            copied=tuple([value.name for value in values if self._must_copy(value, position)]),
             module=ended[0] if ended else "",
-            recomputed=tuple(value.name for value in used if self._is_recomputed(value)),
+            recomputed=tuple([value.name for value, measure in live.items() if measure.recomputed]),
         )
         named = tuple((value.name, threshold) for value, threshold in zip(features, reads, strict=True))
-        return Candidate(node.name, position, ended, cut, reads=named, blind=blind)
+        return Candidate(node, position, ended, cut, reads=named, blind=blind)
 
-    def _carrying(self, position: int, live: set[fx.Node]) -> list[fx.Node]:
+    def _carrying(self, position: int, live: Live) -> list[fx.Node]:
         """What carries a gradient across, the latest in the line of trained parameters first."""
-        found = [value for value in live if self.measures[value].carries_gradient(position)]
-        return sorted(found, key=lambda v: (self.measures[v].depends, self.measures[v].position), reverse=True)
+        found = [value for value, measure in live.items() if measure.carries_gradient(position)]
+        return sorted(found, key=lambda value: (live[value].depends, live[value].position), reverse=True)
 
-    def _reason(self, position: int, live: set[fx.Node], carrying: list[fx.Node]) -> str:
+    def _reason(self, position: int, live: Live, carrying: list[fx.Node]) -> str:
         if position in self.blocked:
             return self._reason_blocked(self.blocked[position])
-        tuples = [v.name for v in live if self.measures[v].value is None and not self._is_recomputed(v)]
+        tuples = [value for value, measure in live.items() if measure.value is None and not measure.recomputed]
         if tuples:
-            return f"{tuples[0]!r} is a tuple: cut at its items"
+            return f"{tuples[0].name!r} is a tuple: cut at its items"
         if not carrying:
             return "nothing that is trained crosses: no trainable parameter before it reaches what follows"
         if len(carrying) > MOST_CARRYING:
@@ -210,11 +206,11 @@ class _Sweep:
             return f"no dimension of {features.name!r} {list(spec.shape)} is the batch alone"
         return ""
 
-    def _reason_aliases(self, position: int, live: set[fx.Node]) -> str:
+    def _reason_aliases(self, position: int, live: Live) -> str:
         """Two values that share memory cannot both cross if something writes into it later."""
         if not self.last_write:
             return ""
-        storages = Counter(storage for value in live for storage in self.measures[value].storages)
+        storages = Counter(storage for measure in live.values() for storage in measure.storages)
         for storage, count in storages.items():
             if count > 1 and self.last_write.get(storage, -1) > position:
                 return f"values that share memory cross, and {self._name(self.last_write[storage])} writes into it"
@@ -223,7 +219,8 @@ class _Sweep:
     def _must_copy(self, value: fx.Node, position: int) -> bool:
         """A later write would corrupt what this stage saved; an update would change a view of a parameter."""
         storages = self.measures[value].storages
-        return any(self.last_write.get(storage, -1) > position or storage in self.owned for storage in storages)
+        risky = self.kept & storages
+        return any(storage in self.owned or self.last_write[storage] > position for storage in risky)
 
     def _name(self, position: int) -> str:
         return self.operations[position].name
@@ -262,21 +259,11 @@ def _spans(graph: Graph) -> list[Span]:
     """Those of every trainable parameter, and of every buffer that the forward writes."""
     parameters = graph.parameter_uses().items()
     spans = [Span("parameter", name, min(at), max(at)) for name, at in parameters if len(at) > 1]
-    positions = {node: i for i, node in enumerate(graph.operations)}
-    writers: dict[int, list[int]] = {}
-    for node, position in positions.items():
-        for storage in graph.measures[node.name].writes:
-            writers.setdefault(storage, []).append(position)
-    for node in graph.train.graph.find_nodes(op="get_attr") if writers else ():
+    positions, writers = graph.positions, graph.writers
+    for node in graph.names if writers else ():
         # A chain of writes leads from one to the next and not back to the buffer's own node.
-        writes = [at for storage in graph.measures[node.name].storages for at in writers.get(storage, ())]
+        writes = [at for storage in graph.measured[node].storages for at in writers.get(storage, ())]
         uses = [*writes, *(positions[user] for user in node.users if user in positions)]
         if writes:
             spans.append(Span("buffer", str(node.target), min(uses), max(uses)))
     return [span for span in spans if span.first < span.last]
-
-
-def ended_modules(node: fx.Node, following: fx.Node) -> tuple[str, ...]:
-    """The modules that `node` is the last operation of, outermost first."""
-    after = set(module_path(following))
-    return tuple(name for name in module_path(node) if name and name not in after)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+import operator
+from collections.abc import Sequence
 
 from torch import fx
 
-from autodecouple.graph import Graph
+from autodecouple.graph import Graph, Measure
 
 ROOM = 256
 """Bits that may be taken before parameters that cannot be told apart any more are merged."""
@@ -22,7 +24,7 @@ class Reach:
     """
 
     def __init__(self, graph: Graph) -> None:
-        self.measures = {node: graph.measures[node.name] for node in graph.train.graph.nodes if node.op != "output"}
+        self.measures = graph.measured
         uses = {name: at for name, at in graph.parameter_uses().items() if name in graph.trained and at}
         self.last = max((max(at) for at in uses.values()), default=-1)
         self.first_use: list[int] = []  # by bits
@@ -30,41 +32,45 @@ class Reach:
         self.room = ROOM
         self._starting: dict[int, list[frozenset[int]]] = {}  # the storages of parameters, by their first use
         self._list_parameters(graph, {name: min(at) for name, at in uses.items()})
-        self._last_use = self._last_uses(graph)
+        self._ending = self._list_endings(graph)
 
     def _list_parameters(self, graph: Graph, first: dict[str, int]) -> None:
         storages: dict[str, frozenset[int]] = {}
-        for node in graph.owned:
-            name, found = graph.parameter_name(node), self.measures[node].storages
+        for node, name in graph.names.items():
+            found = self.measures[node].storages
             known = storages.setdefault(name, found)
             if known is not found:
                 storages[name] = known | found
         for name, position in first.items():
             self._starting.setdefault(position, []).append(storages[name])
 
-    def _last_uses(self, graph: Graph) -> dict[int, int]:
-        """Of each storage the last operation that reads or writes it; what the model returns is used to the end."""
+    def _list_endings(self, graph: Graph) -> list[list[int]]:
+        """By operations, the storages that are used for the last time; what the model returns is used to the end."""
+        storages = {node: measure.storages for node, measure in self.measures.items()}
         last: dict[int, int] = {}
         for position, node in enumerate(graph.operations):
             for value in (node, *node.all_input_nodes):
-                for storage in self.measures[value].storages:
+                for storage in storages[value]:
                     last[storage] = position
         for value in graph.train.graph.output_node().all_input_nodes:
-            last |= dict.fromkeys(self.measures[value].storages, len(graph.operations))
-        return last
+            last |= dict.fromkeys(storages[value], len(graph.operations))
+        ending: list[list[int]] = [[] for _ in range(len(graph.operations) + 1)]
+        for storage, position in last.items():
+            ending[position].append(storage)
+        return ending
 
     def visit(self, node: fx.Node) -> None:
         """Let what the operation reads reach what it gives and writes."""
         measure = self.measures[node]
         self._begin(measure.position)
-        sources = node.all_input_nodes
-        reached = self._union(sources, measure.position)
-        for storage in measure.storages | measure.writes if reached else ():
+        reached = 0
+        for source in map(self.measures.__getitem__, node.all_input_nodes):
+            if source.carries_gradient(measure.position):
+                reached |= self._reaching(source)
+        for storage in (*measure.storages, *measure.writes) if reached else ():
             self.sets[storage] = self.sets.get(storage, 0) | reached
-        for value in (node, *sources):
-            for storage in self.measures[value].storages:
-                if self._last_use[storage] == measure.position:
-                    self.sets.pop(storage, None)
+        for storage in self._ending[measure.position]:
+            self.sets.pop(storage, None)
 
     def _begin(self, position: int) -> None:
         """The parameters that are first used here get a bit each."""
@@ -91,25 +97,22 @@ class Reach:
         }
         self.sets = {storage: shorter[members] for storage, members in self.sets.items()}
 
-    def thresholds(
-        self, features: Sequence[fx.Node], carrying: Sequence[fx.Node], position: int
-    ) -> tuple[list[int], int]:
+    def thresholds(self, features: Sequence[fx.Node], unread: Sequence[fx.Node]) -> tuple[list[int], int]:
         """For each of the features, the last first use of a parameter that those before it do not see; then the same
-        for what the features together do not see of all that carries a gradient. -1 where nothing is missed."""
+        for what they together do not see of all that carries a gradient unread. -1 where nothing is missed."""
         seen, found = 0, []
         for value in features:
-            reached = self._union([value], position)
+            reached = self._reaching(self.measures[value])
             found.append(self._last_first_use(reached & ~seen))
             seen |= reached
-        return found, self._last_first_use(self._union(carrying, position) & ~seen)
+        missed = functools.reduce(operator.or_, [self._reaching(self.measures[value]) for value in unread], 0)
+        return found, self._last_first_use(missed & ~seen)
 
-    def _union(self, values: Iterable[fx.Node], position: int) -> int:
+    def _reaching(self, measure: Measure) -> int:
+        """The parameters that lead to a value."""
         union = 0
-        for value in values:
-            measure = self.measures[value]
-            if measure.carries_gradient(position):
-                for storage in measure.storages:
-                    union |= self.sets.get(storage, 0)
+        for storage in measure.storages:
+            union |= self.sets.get(storage, 0)
         return union
 
     def _last_first_use(self, parameters: int) -> int:

@@ -14,7 +14,7 @@ from autodecouple.passes.measuring.columns import columns
 from autodecouple.passes.measuring.lifetimes import NEVER, Lifetimes
 
 Change = tuple[int, int, int, int]
-"""(until, first start, end of the starts, bytes): what counts up to a position for stages with these starts."""
+"""(up to, after, until, bytes): what counts up to a position for stages that begin after a second one, up to a third."""
 
 
 class Crossing:
@@ -33,39 +33,32 @@ class Crossing:
         self.starts = [0, *(candidate.position + 1 for candidate in legal)]
         self.ends = [*(candidate.position for candidate in legal), len(self.nodes) - 1]
         self.positions = torch.tensor(self.ends)
-        self._saved: dict[int, list[tuple[int, int, int]]] = {}
-        self._made: dict[int, list[int]] = {}
-
-    def begun(self, position: int) -> int:
-        """How many of the starts lie at or before a position."""
-        return bisect_right(self.starts, position)
 
     def taking(self, depends: int) -> int:
-        """How many of the starts begin a stage in which what depends on this position takes a gradient."""
-        return len(self.starts) if self.coupled_before else self.begun(depends)
+        """The last position at which a stage may begin and take a gradient of what depends on this one."""
+        return NEVER if self.coupled_before else depends
 
     def makes(self, storage: int) -> list[int]:
         """Where memory is born: each time for the stages that begin behind the time before.
 
         What is made for the model's output alone is born with the last operation.
         """
-        if storage not in self._made:
-            again = {min(use, len(self.nodes) - 1) for use in self.lives.makes.get(storage, ())}
-            self._made[storage] = sorted({self.lives.births[storage], *again})
-        return self._made[storage]
+        birth = self.lives.births[storage]
+        if storage not in self.lives.makes:
+            return [birth]
+        return sorted({birth, *(min(use, len(self.nodes) - 1) for use in self.lives.makes[storage])})
 
     def saved(self, storage: int) -> list[tuple[int, int, int]]:
-        """(first operation to save it, range of the starts for which that is so): later starts later operations."""
-        if storage not in self._saved:
-            found, reach, birth = [], 0, self.lives.births[storage]
-            for position, depends in self.lives.saved.get(storage, ()):
-                born = position if storage in self.lives.makes else birth
-                begun = min(self.begun(born), self.taking(depends))
-                if begun > reach:
-                    found.append((position, reach, begun))
-                    reach = begun
-            self._saved[storage] = found
-        return self._saved[storage]
+        """(first operation to save it, after, until) for the stages that begin after a position, up to another: later
+        ones have later operations."""
+        found, after, birth = [], -1, self.lives.births[storage]
+        for position, depends in self.lives.saved.get(storage, ()):
+            born = position if storage in self.lives.makes else birth
+            until = min(born, self.taking(depends))
+            if until > after:
+                found.append((position, after, until))
+                after = until
+        return found
 
     def received(self, begin: int) -> int:
         """What a stage that begins there is sent."""
@@ -85,41 +78,42 @@ class Crossing:
         return {s: self.lives.sizes[s] for s in storages if s in self.lives.sizes}
 
     def sent(self, begin: int, first: int, last: int) -> Tensor:
-        end, reach, size = _between(self._sent_changes, first, last) if first < last else columns(self._sends(first), 3)
-        return _added(end - first, torch.where(begin < reach, size, 0), last - first + 1)
+        end, until, size = _between(self._sent_changes, first, last) if first < last else columns(self._sends(first), 3)
+        return _added(end - first, torch.where(self.starts[begin] <= until, size, 0), last - first + 1)
 
     @cached_property
     def _sent_changes(self) -> Tensor:
         return columns((row for end in range(len(self.ends)) for row in self._sends(end)), 3)
 
     def _sends(self, end: int) -> list[tuple[int, ...]]:
-        """(end, end of the starts, bytes) of what crosses there and was made in the stage."""
+        """(end, until, bytes) of what crosses there and was made in the stage, if that begins up to a position."""
         storages = self._storages(self._crossing(end))
-        return [(end, self.begun(self.lives.births[storage]), size) for storage, size in storages.items()]
+        return [(end, self.lives.births[storage], size) for storage, size in storages.items()]
 
     def dropped(self, begin: int, first: int, last: int) -> Tensor:
         """(ends,) what is used behind each end and computed again there, unless the stage saves it for its backward."""
-        end, lowest, reach, size = (
+        end, after, until, size = (
             _between(self._dropped_changes, first, last) if first < last else columns(self._drops(first), 4)
         )
-        return _added(end - first, torch.where((lowest <= begin) & (begin < reach), size, 0), last - first + 1)
+        start = self.starts[begin]
+        return _added(end - first, torch.where((after < start) & (start <= until), size, 0), last - first + 1)
 
     @cached_property
     def _dropped_changes(self) -> Tensor:
         return columns((row for end in range(len(self.ends)) for row in self._drops(end)), 4)
 
     def _drops(self, end: int) -> list[tuple[int, ...]]:
-        """(end, first start, end of the starts, bytes)."""
+        """(end, after, until, bytes)."""
         cut = self.legal[end].cut if end < len(self.legal) else None
         names = cut.recomputed if cut is not None else ()
         storages = {s for name in names for s in self.graph.measures[name].storages if s in self.lives.makes}
         return [(end, *self._unsaved(storage, self.ends[end]), self.lives.sizes[storage]) for storage in storages]
 
     def _unsaved(self, storage: int, end: int) -> tuple[int, int]:
-        """The starts of the stages with an end there that make this memory and do not save it."""
+        """(after, until) for the stages with an end there that make this memory and do not save it."""
         saved, makes = self.saved(storage), self.makes(storage)
         known = bisect_right(saved, end, key=lambda row: row[0])
-        return saved[known - 1][2] if known else 0, self.begun(makes[bisect_right(makes, end) - 1])
+        return saved[known - 1][2] if known else -1, makes[bisect_right(makes, end) - 1]
 
     def consumed(self, first: int, last: int) -> Tensor:
         """(ends,) whether what is sent is gone when the backward begins: a coupled stage has had its own by then."""
@@ -129,9 +123,8 @@ class Crossing:
         """What a stage that begins there copies, to run its forward twice: of coupled ones the body does so."""
         if begin:
             return 0 if self.coupled_before else self._copied(begin - 1)
-        writes = {storage for node in self.nodes for storage in self.graph.measures[node.name].writes}
         inputs = self._storages({spec.name for spec in self.graph.inputs})
-        return sum(size for storage, size in inputs.items() if storage in writes)
+        return sum(size for storage, size in inputs.items() if storage in self.graph.writers)
 
     def copies(self, first: int, last: int) -> Tensor:
         """(ends,) bytes of what is cloned at each cut."""
@@ -146,21 +139,21 @@ class Crossing:
 
         worst: (operations,) the running maximum of a + w - g
 
-        Each addition holds for the positions before some `until` only. So up to there the running maximum counts with
+        Each addition holds for the positions before some `up_to` only. So up to there the running maximum counts with
         it, and the whole one without it, which what the former has in common with it cannot exceed.
         """
-        end, until, lowest, reach, size = (
+        end, up_to, after, until, size = (
             _between(self._held_changes, first, last) if first < last else columns(self._holds(first), 5)
         )
         count, start, end = last - first + 1, self.starts[begin], end - first
-        size = torch.where((lowest <= begin) & (begin < reach), size, 0)
+        size = torch.where((after < start) & (start <= until), size, 0)
         worst = torch.cat([worst.new_full((1,), -NEVER), worst])  # of the positions before each
         positions = self.positions[first : last + 1]
-        inside = until <= positions[end]
+        inside = up_to <= positions[end]
         over = torch.where(inside, size.abs(), 0)
         total, gone = _added(end, size.clamp(min=0), count), _added(end, over, count)
         passed = over.cumsum(0) - over - (gone.cumsum(0) - gone)[end]  # what an end's additions before this one held
-        peaks = worst[(until - start).clamp(0, len(worst) - 1)] + total[end] - passed
+        peaks = worst[(up_to - start).clamp(0, len(worst) - 1)] + total[end] - passed
         best = worst[positions - start + 1] + total - gone
         return best.scatter_reduce(0, end, torch.where(inside, peaks, -NEVER), "amax")
 
@@ -169,20 +162,20 @@ class Crossing:
         return columns((row for end in range(len(self.ends)) for row in self._holds(end)), 5)
 
     def _holds(self, end: int) -> list[tuple[int, ...]]:
-        """(end, until, first start, end of the starts, bytes) of what only this end adds, by `until`."""
+        """(end, up to, after, until, bytes) of what only this end adds, in this order."""
         return [(end, *change) for change in sorted((*self._kept(end), *self._head_gradients(end)))]
 
     def _kept(self, end: int) -> list[Change]:
-        """(until, ...): what is sent on stays to the end; behind `until` it is counted as saved."""
+        """What is sent on stays to the end; behind the first position it is counted as saved."""
         found: list[Change] = []
         for storage, size in self._storages(self._crossing(end)).items():
-            saved, begun = self.saved(storage), self.begun(self.lives.births[storage])
-            found += [(position, lowest, reach, size) for position, lowest, reach in saved]
-            found.append((NEVER, saved[-1][2] if saved else 0, begun, size))
+            saved = self.saved(storage)
+            found += [(position, after, until, size) for position, after, until in saved]
+            found.append((NEVER, saved[-1][2] if saved else -1, self.lives.births[storage], size))
         return found
 
     def _head_gradients(self, end: int) -> list[Change]:
-        """(until, ...): gradients that a head gives stay to the end; behind `until` they are counted as waiting.
+        """Gradients that a head gives stay to the end; behind the first position they are counted as waiting.
 
         What crosses and no head reads gets none: it waits (a negative size) only before its last use in the stage.
         """
@@ -191,14 +184,15 @@ class Crossing:
             gradient = self.lives.gradients.get(name)
             if gradient is None:
                 continue
-            begun, readers = self.taking(gradient.depends), self._readers(end, name)
+            taking = self.taking(gradient.depends)
+            reading = min(taking, self._reading(end, name))
             within = bisect_right(gradient.uses, self.ends[end])
             last = gradient.uses[within - 1] if within else 0
-            found += self._held(name, end, 0, min(begun, readers))
-            found.append((max(last, gradient.birth + 1), min(begun, readers), begun, -gradient.size))
+            found += self._held(name, end, -1, reading)
+            found.append((max(last, gradient.birth + 1), reading, taking, -gradient.size))
         return found
 
-    def _held(self, name: str, end: int, begin: int, stop: int, through: int = NEVER) -> Iterator[Change]:
+    def _held(self, name: str, end: int, after: int, until: int, through: int = NEVER) -> Iterator[Change]:
         """The gradient of a value from an end: a use in the stage adds another one to it, into memory of its own.
 
         Where there is no such use, the gradient of a view is the value's that it views, and that of a concatenation is
@@ -208,14 +202,14 @@ class Crossing:
         inner = [use for use in gradient.uses if use <= self.ends[end] and use != through]
         parts = [] if inner else self._parts(gradient.birth)
         if not parts:
-            yield max([gradient.birth, *(use + 1 for use in inner)]), begin, stop, gradient.size
+            yield max([gradient.birth, *(use + 1 for use in inner)]), after, until, gradient.size
         for part in parts:
             known = self.lives.gradients.get(part.name)
-            taking = self.taking(known.depends) if known is not None and known.birth < gradient.birth else 0
-            middle = min(max(begin, taking), stop)
+            taking = self.taking(known.depends) if known is not None and known.birth < gradient.birth else -1
+            middle = min(max(after, taking), until)
             if known is not None:
-                yield from self._held(part.name, end, begin, middle, gradient.birth)
-            yield gradient.birth, middle, stop, self._size(part)
+                yield from self._held(part.name, end, after, middle, gradient.birth)
+            yield gradient.birth, middle, until, self._size(part)
 
     def _parts(self, position: int) -> list[fx.Node]:
         """What an operation views whole or concatenates."""
@@ -230,14 +224,14 @@ class Crossing:
         value = self.graph.measures[node.name].value
         return value.num_bytes if value is not None else 0
 
-    def _readers(self, end: int, name: str) -> int:
-        """How many of the starts, from the first, begin a stage with a loss on this value at this end."""
+    def _reading(self, end: int, name: str) -> int:
+        """The last position at which a stage may begin and have a loss on this value at this end; -1 for none."""
         if self.coupled_after or end == len(self.legal):
-            return len(self.starts)
+            return NEVER
         for index, (read, threshold) in enumerate(self.legal[end].reads):
             if read == name:
-                return self.begun(threshold) if index else len(self.starts)
-        return 0
+                return threshold if index else NEVER
+        return -1
 
 
 def _added(index: Tensor, values: Tensor, count: int) -> Tensor:

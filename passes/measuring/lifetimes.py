@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor, fx
 
 from autodecouple.graph import Graph, Measure
-from autodecouple.passes.measuring.recomputable import needed_at
+from autodecouple.passes.measuring.recomputable import Needs
 
 NEVER = 2**60
 """A position behind every other."""
@@ -77,40 +77,39 @@ class Lifetimes:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.positions = {node: position for position, node in enumerate(graph.operations)}
+        self.positions = graph.positions
         self.sizes: dict[int, int] = {}
         self.births: dict[int, int] = {}
         self.saved: dict[int, list[tuple[int, int]]] = defaultdict(list)
         self.used: dict[int, int] = {}
         self.makes: dict[int, set[int]] = {}
-        self.needed = needed_at(graph)
+        self.needs = Needs(graph)
         self.gradients: dict[str, Gradient] = {}
-        self._trained = {n for n in self.positions if self._is_trained(graph.measures[n.name])}
-        for node in graph.train.graph.nodes:
-            if node.op not in ("get_attr", "output"):
-                self._meet(node, graph.measures[node.name])
+        self._needed = self.needs.last()
+        self._trained = {node for node in self.positions if self._is_trained(graph.measured[node])}
+        for node in (*graph.train.graph.find_nodes(op="placeholder"), *self.positions):
+            self._meet(node, graph.measured[node])
         self.weights: list[tuple[int, int, int]] = []
         self.frozen: list[tuple[int, list[int]]] = []
         self._own()
 
     def _meet(self, node: fx.Node, measure: Measure) -> None:
-        footprint, at = footprint_of(measure), self.needed[node]
+        footprint, position = footprint_of(measure), measure.position
         for storage, size in footprint.born:
-            self.sizes[storage], self.births[storage] = size, measure.position
+            self.sizes[storage], self.births[storage] = size, position
         for storage in footprint.saved:
-            self.saved[storage].append((measure.position, measure.depends))
-        if measure.recomputed:
-            at = {self.positions.get(user, len(self.positions)) for user in node.users}
-            self.makes |= {storage: set() for storage, _ in footprint.born}
+            self.saved[storage].append((position, measure.depends))
+        last = max(position, self._needed.get(node, -1))
         for storage in measure.storages:
-            self.used[storage] = max(self.used.get(storage, -1), measure.position, *at)
-            if storage in self.makes:
-                self.makes[storage] |= at
+            self.used[storage] = max(self.used.get(storage, -1), last)
+        if measure.recomputed:  # what shares memory with it is computed again as well
+            for storage, _ in footprint.born:
+                self.makes[storage] = set()
+            for storage in measure.storages & self.makes.keys():
+                self.makes[storage] |= self.needs.readers(node)
         if node in self._trained and measure.value is not None:
             uses = sorted([self.positions[user] for user in node.users if user in self._trained])
-            self.gradients[node.name] = Gradient(
-                measure.value.num_bytes, measure.position, measure.depends, tuple(uses)
-            )
+            self.gradients[node.name] = Gradient(measure.value.num_bytes, position, measure.depends, tuple(uses))
 
     def _is_trained(self, measure: Measure) -> bool:
         return measure.in_loss and measure.gradient_since is not None
@@ -119,7 +118,7 @@ class Lifetimes:
         uses, trainable = self.graph.parameter_uses(), dict[str, Tensor]()
         frozen: dict[str, list[fx.Node]] = defaultdict(list)
         for node, tensor in self.graph.owned.items():
-            name = self.graph.parameter_name(node)
+            name = self.graph.names[node]
             if name in uses:
                 trainable[name] = tensor
             elif isinstance(tensor, Tensor):
@@ -129,11 +128,9 @@ class Lifetimes:
         self._own_frozen(frozen)
 
     def _own_frozen(self, nodes: dict[str, list[fx.Node]]) -> None:
-        measures = self.graph.measures
-        written = {storage for node in self.graph.operations for storage in measures[node.name].writes}
         for same in nodes.values():
-            copies = 2 if measures[same[-1].name].storages & written else 1
-            at = sorted({at for node in same for at in self.needed[node] if at < len(self.positions)})
+            copies = 2 if self.graph.measured[same[-1]].storages & self.graph.writers.keys() else 1
+            at = sorted({at for node in same for at in self.needs.of(node) if at < len(self.positions)})
             self.frozen.append((copies * _num_bytes(self.graph.owned[same[-1]]), at))
 
 

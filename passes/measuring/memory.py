@@ -20,7 +20,8 @@ WEIGHTS, GRADIENTS, FROZEN, LIVE, GONE, PASSED, SAVED, WAITING, WORKING = range(
 WORKING is there during its backward only."""
 
 Change = tuple[int, int, int, int, int]
-"""(position, row, first start, end of the starts, bytes): what is added from there on for stages with these starts."""
+"""(position, row, after, until, bytes): what is added from there on for stages that begin after a position, up to
+another."""
 
 
 class MemoryWalk:
@@ -41,7 +42,7 @@ class MemoryWalk:
         self.lives = lives
         self.nodes = lives.graph.operations
         self.crossing = Crossing(lives, legal, before, after)
-        footprints = [footprint_of(lives.graph.measures[node.name]) for node in self.nodes]
+        footprints = [footprint_of(lives.graph.measured[node]) for node in self.nodes]
         self._forward = torch.tensor([footprint.forward_bytes for footprint in footprints])
         self._largest = self._largest_weights()
         self._changes = self._sorted_changes(footprints)
@@ -50,7 +51,7 @@ class MemoryWalk:
     def stages(self, begin: int, first: int, last: int) -> StageMemory:
         """Of the stages from start number `begin` to each end from number `first` to number `last`."""
         start, stop = self.crossing.starts[begin], self.crossing.ends[last] + 1
-        changes = self._changes_of(begin, start, stop)
+        changes = self._changes_of(start, stop)
         sums = changes.cumsum(1)
         live, passing = sums[LIVE] - sums[GONE], sums[LIVE] - sums[PASSED]
         forward = _highest(live + changes[GONE] + self._forward[start:stop])
@@ -75,12 +76,12 @@ class MemoryWalk:
             beside=torch.where(self.crossing.consumed(first, last), 0, sent) + overwritten,
         )
 
-    def _changes_of(self, begin: int, start: int, stop: int) -> Tensor:
+    def _changes_of(self, start: int, stop: int) -> Tensor:
         """(9, operations) what changes for a stage from this start, before each operation from start to stop."""
         low, high = (int(place) for place in torch.searchsorted(self._positions, torch.tensor([start, stop])))
-        position, row, lowest, reach, size = self._changes[:, low:high]
+        position, row, after, until, size = self._changes[:, low:high]
         changes = torch.zeros(9, stop - start, dtype=torch.int64)
-        holds = (lowest <= begin) & (begin < reach)
+        holds = (after < start) & (start <= until)
         changes.view(-1).index_add_(0, row * (stop - start) + position - start, torch.where(holds, size, 0))
         return changes
 
@@ -103,7 +104,7 @@ class MemoryWalk:
         return torch.tensor(largest)
 
     def _sorted_changes(self, footprints: Sequence[Footprint]) -> Tensor:
-        """(5, changes) position, row, first start, end of the starts, bytes; by position."""
+        """(5, changes) position, row, after, until, bytes; by position."""
         changes = columns(chain(self._owned(), self._values(), self._gradients(), self._working(footprints)), 5)
         return changes[:, changes[0].double().argsort()].contiguous()  # torch sorts doubles faster than integers
 
@@ -111,44 +112,43 @@ class MemoryWalk:
         for position, footprint in enumerate(footprints):
             for threshold, size in footprint.backward_bytes:
                 if size:
-                    yield position, WORKING, 0, self.crossing.taking(threshold), size
+                    yield position, WORKING, -1, self.crossing.taking(threshold), size
 
     def _owned(self) -> Iterator[Change]:
         for size, first, last in self.lives.weights:
-            begun = self.crossing.begun(first)
-            yield first, WEIGHTS, 0, begun, size
-            yield last, GRADIENTS, 0, begun, size
+            yield first, WEIGHTS, -1, first, size
+            yield last, GRADIENTS, -1, first, size
         for size, uses in self.lives.frozen:
             for previous, use in zip([-1, *uses], uses, strict=False):  # once per stage, though stages may share it
-                yield use, FROZEN, self.crossing.begun(previous), self.crossing.begun(use), size
+                yield use, FROZEN, previous, use, size
 
     def _values(self) -> Iterator[Change]:
         lives = self.lives
         for storage, birth in lives.births.items():
-            begun, size, used = 0, lives.sizes[storage], lives.used.get(storage, birth)
-            for made in self.crossing.makes(storage):
-                yield made, LIVE, begun, self.crossing.begun(made), size
-                begun = self.crossing.begun(made)
-            saved = self.crossing.saved(storage)
-            for position, lowest, reach in saved:
-                yield position, SAVED, lowest, reach, size
-            yield used, GONE, saved[-1][2] if saved else 0, begun, size
-            yield used, PASSED, 0, begun, size
+            made, size, used, kept = -1, lives.sizes[storage], lives.used.get(storage, birth), -1
+            for again in self.crossing.makes(storage):
+                yield again, LIVE, made, again, size
+                made = again
+            for position, after, until in self.crossing.saved(storage):
+                yield position, SAVED, after, until, size
+                kept = until
+            yield used, GONE, kept, made, size
+            yield used, PASSED, -1, made, size
 
     def _gradients(self) -> Iterator[Change]:
         """A gradient waits from the last use of its value back to the operation after its birth."""
         for gradient in self.lives.gradients.values():
-            begun, since, last = self.crossing.taking(gradient.depends), gradient.birth + 1, gradient.last
+            until, since, last = self.crossing.taking(gradient.depends), gradient.birth + 1, gradient.last
             if last <= since:
                 continue
-            yield since, WAITING, 0, begun, gradient.size
-            yield last, WAITING, 0, begun, -gradient.size
+            yield since, WAITING, -1, until, gradient.size
+            yield last, WAITING, -1, until, -gradient.size
             if last < len(self.nodes) and self.nodes[last].target in _ADDITIONS:
                 # both addends get the same gradient, which the operation that made the other one counts as its own
                 for other in self._operands(last):
                     if other >= since:
-                        yield other, WAITING, 0, begun, -gradient.size
-                        yield other + 1, WAITING, 0, begun, gradient.size
+                        yield other, WAITING, -1, until, -gradient.size
+                        yield other + 1, WAITING, -1, until, gradient.size
 
     def _operands(self, position: int) -> list[int]:
         positions = self.lives.positions

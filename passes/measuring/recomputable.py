@@ -28,19 +28,37 @@ def mark_recomputed(graph: Graph, measures: Mapping[str, M]) -> dict[str, M]:
     return {name: dataclasses.replace(m, recomputed=True) if name in found else m for name, m in measures.items()}
 
 
-def needed_at(graph: Graph) -> dict[fx.Node, set[int]]:
+class Needs:
     """Positions of the operations whose stage needs a value: those that read it, or read what is computed of it again.
 
     The model's output stands behind the last operation.
     """
-    positions = {node: position for position, node in enumerate(graph.operations)}
-    end, nodes = len(positions), graph.train.graph.nodes
-    found = {node: {positions.get(user, end) for user in node.users} for node in nodes}
-    for node in reversed(positions):
-        if graph.measures[node.name].recomputed:
-            for source in node.all_input_nodes:
-                found[source] |= found[node]
-    return found
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self._again: dict[fx.Node, set[int]] = {}  # of what is computed again
+        for node in reversed(graph.operations):
+            if graph.measured[node].recomputed:
+                self._again[node] = self.of(node)
+
+    def of(self, node: fx.Node) -> set[int]:
+        return self.readers(node).union(*(self._again.get(user, ()) for user in node.users))
+
+    def readers(self, node: fx.Node) -> set[int]:
+        """Positions of the operations that read a value themselves."""
+        end = len(self.graph.operations)
+        return {self.graph.positions.get(user, end) for user in node.users}
+
+    def last(self) -> dict[fx.Node, int]:
+        """The last of them for every value that is needed. What is computed again is needed where it is read itself."""
+        operations = self.graph.operations
+        last = {source: at for at, node in enumerate(operations) for source in node.all_input_nodes}
+        last |= dict.fromkeys(self.graph.train.graph.output_node().all_input_nodes, len(operations))
+        for node, at in self._again.items():
+            for source in node.all_input_nodes if at else ():
+                if source not in self._again:
+                    last[source] = max(last[source], *at)
+        return last
 
 
 class _Search:
