@@ -497,7 +497,7 @@ def test_reading_runs_no_code(
     path = tmp_path / "c"
     path.mkdir()
     monkeypatch.setattr(storage, "_check_plain", lambda *_: None)
-    storage.write({"model.w": torch.ones(2), "progress": Evil()}, path)
+    storage.finish([storage.write({"model.w": torch.ones(2), "progress": Evil()}, path)], path)
     if place == "metadata":
         (path / ".metadata").write_bytes(pickle.dumps(Evil()))
     sums = {file.name: [file.stat().st_size, checkpoints.checksum(file)] for file in path.iterdir()}
