@@ -1,38 +1,40 @@
 """Checkpoints: folders that are whole or not there, written at once or behind the training.
 
     checkpoint/
-      .metadata, __0_0.distcp   everything, by torch.distributed.checkpoint, under the names of flat.py
-      model.safetensors         the model's own weights, for any other program
-      plan.json                 the plan, for compile(plan=...)
-      sums.json                 size and checksum of every file: written last
+      .metadata, __<rank>_0.distcp   everything, by torch.distributed.checkpoint, under the names of flat.py
+      model.safetensors              the model's own weights, for any other program: of several ranks
+                                     model-0000<i>-of-0000<n>.safetensors and model.safetensors.index.json
+      plan.json                      the plan, for compile(plan=...)
+      sums.json                      size and checksum of every file: written last
 
-A new one is written beside the old and put in its place by renaming. Killed at any moment, one of them is whole:
+Every rank writes its own part; rank 0 makes one checkpoint of them when all are there. A new one is written beside the
+old and put in its place by renaming. Killed at any moment, all or any of the ranks, one of them is whole:
 
-    .checkpoint.new  write, flush ----------------------+ rename
-    checkpoint       old -------------------+ rename    +--> new ------
-    .checkpoint.old                         +--> old ------------+ remove
+    rank 1                          write, flush --+
+    rank 0              .c.new  make, write, flush +--> metadata, sums --+ rename
+    checkpoint c        old -------------------------------------+ rename +--> new ------
+                        .c.old                                   +--> old ------+ remove
 """
 
 from __future__ import annotations
 
-import copy
+import concurrent.futures
 import json
 import os
 import shutil
-import zlib
-from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from autodecouple.errors import CheckpointError
-from autodecouple.flat import flatten, unflatten
+from autodecouple.executors.ranks import ALONE, Notes, Ranks
+from autodecouple.files import INDEX, PLAN, SUMS, Record, checksum, finish, hand_over, write_part
+from autodecouple.flat import unflatten
+from autodecouple.parts import WEIGHTS, Part
 
-WEIGHTS, PLAN, SUMS = "model.safetensors", "plan.json", "sums.json"
-OWN = (".metadata", "__*.distcp", WEIGHTS, PLAN, SUMS)
+OWN = (".metadata", "__*.distcp", WEIGHTS, "model-*-of-*.safetensors", INDEX, PLAN, SUMS)
+INTERVAL = 0.02
 
 
 def check_target(path: Path) -> None:
@@ -51,59 +53,43 @@ def check_target(path: Path) -> None:
         )
 
 
-def write(flat: Mapping[str, Any], path: Path) -> None:
-    """Write beside the target and rename. Raises CheckpointError; the checkpoint of before is whole then."""
-    new = path.with_name(f".{path.name}.new")
+def write(part: Part, path: Path, notes: Notes) -> None:
+    """Write this rank's part beside the target; rank 0 puts all of them in its place.
+
+    Raises CheckpointError, on every rank; the checkpoint of before is whole then.
+    """
+    new = _beside(path, "new")
     try:
-        shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
-        new.mkdir()
-        _write_files(flat, new)
-        _flush(new)
-        _put_in_place(new, path)
+        record = write_part(part, new)
+        if part.rank > 0:
+            hand_over(record, new, notes)
+        notes.first("placed", lambda: _place(record, part, new, path, notes))
     except BaseException as error:
-        shutil.rmtree(new, ignore_errors=True)
+        text = _why(error, path, notes.ranks)
+        notes.fail(text)
+        if notes.ranks.rank == 0:
+            shutil.rmtree(new, ignore_errors=True)
         if isinstance(error, CheckpointError) or not isinstance(error, Exception):
             raise
-        raise CheckpointError(
-            f"{path} could not be written, and what was there before still is: {type(error).__name__}: {error}"
-        ) from error
+        raise CheckpointError(text) from error
 
 
-def _write_files(flat: Mapping[str, Any], folder: Path) -> None:
-    from autodecouple import storage
-
-    storage.write(dict(flat), folder)
-    weights = {name: value for name, value in flat.items() if name.startswith("model.")}
-    tensors = {name[len("model.") :]: value for name, value in weights.items() if isinstance(value, torch.Tensor)}
-    (folder / PLAN).write_text(flat["progress"]["plan"], encoding="utf8")
-    storage.write_weights(tensors, flat["progress"]["aliases"], folder / WEIGHTS)
-    (folder / WEIGHTS).chmod((folder / PLAN).stat().st_mode)  # it is made for the owner's eyes only
-    sums = {file.name: [file.stat().st_size, _sum(file)] for file in sorted(folder.iterdir())}
-    (folder / SUMS).write_text(json.dumps(sums, indent=2), encoding="utf8")
+def _why(error: BaseException, path: Path, ranks: Ranks) -> str:
+    if isinstance(error, CheckpointError):
+        return str(error)
+    where = f"rank {ranks.rank}: " if ranks.size > 1 else ""
+    return f"{path} could not be written, and what was there before still is: {where}{type(error).__name__}: {error}"
 
 
-def _sum(file: Path) -> int:
-    """CRC-32: it is to find damage, not forgery."""
-    value = 0
-    with file.open("rb") as stream:
-        while part := stream.read(1 << 20):
-            value = zlib.crc32(part, value)
-    return value
-
-
-def _flush(folder: Path) -> None:
-    """To the disk: a rename may be written before the data of what it renames."""
-    for path in (*folder.iterdir(), folder):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def _place(record: Record, part: Part, new: Path, path: Path, notes: Notes) -> str:
+    finish(record, part.flat["progress"]["plan"], new, notes)
+    _put_in_place(new, path)
+    return str(path)
 
 
 def _put_in_place(new: Path, path: Path) -> None:
     """Two renames; between them the old one stands beside, where `load` looks for it."""
-    old = _beside(path)
+    old = _beside(path, "old")
     if path.exists():
         shutil.rmtree(old, ignore_errors=True)  # left by a process that was killed here, below
         os.rename(path, old)
@@ -111,15 +97,20 @@ def _put_in_place(new: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.old")
+def _beside(path: Path, which: str) -> Path:
+    return path.with_name(f".{path.name}.{which}")
+
+
+def exists(path: Path) -> bool:
+    """Whether there is a checkpoint, if only beside its place: a process may be killed between the two renames."""
+    return path.exists() or _beside(path, "old").exists()
 
 
 def load(path: Path) -> dict[str, Any]:
     """The state in a checkpoint; raises CheckpointError for one that is not whole."""
     from autodecouple import storage
 
-    folder = path if path.exists() else _beside(path)
+    folder = path if path.exists() else _beside(path, "old")
     if not folder.exists():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     if not folder.is_dir():
@@ -138,7 +129,7 @@ def _check_sums(folder: Path) -> None:
     """Damage within tensors would be read without a word."""
     for name, (size, value) in json.loads((folder / SUMS).read_text(encoding="utf8")).items():
         file = folder / name
-        if file.stat().st_size != size or _sum(file) != value:
+        if file.stat().st_size != size or checksum(file) != value:
             raise ValueError(f"{name} is damaged")
 
 
@@ -147,18 +138,46 @@ class Writer:
 
     def __init__(self) -> None:
         self._under_way: Future[None] | None = None
+        self._ranks = ALONE
+        self._count = 0
 
-    def save(self, state: Mapping[str, Any], path: Path, background: bool) -> None:
-        """Raises CheckpointError before anything is written where `path` cannot be; later ones come from `wait`."""
+    def save(self, part: Part, path: Path, background: bool, ranks: Ranks = ALONE) -> None:
+        """Raises CheckpointError before anything is written where `path` cannot be; later ones come from `wait`.
+
+        Of several ranks all call this; where it is written says rank 0.
+        """
         self.wait()
-        check_target(path)
-        flat = flatten(state)
-        if not background:
-            write(flat, path)
-            return
-        copied = _copied(flat)
+        self._count += 1
+        self._ranks, notes = ranks, Notes(ranks, self._count)
+        try:
+            path = self._begin(path, notes)
+            if not background:
+                write(part, path, notes)
+        except (Exception, KeyboardInterrupt):
+            ranks.check()  # what has ended the training is the error to see
+            raise
+        if background:
+            self._write_behind(part.copied(), path, notes)
+
+    def _begin(self, path: Path, notes: Notes) -> Path:
+        """Check the target and make the folder beside it, once for all ranks."""
+
+        def act() -> str:
+            check_target(path)
+            new = _beside(path, "new")
+            shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
+            new.mkdir()
+            return str(path)
+
+        try:
+            return Path(notes.first("path", act))
+        except CheckpointError as error:
+            notes.fail(str(error))
+            raise
+
+    def _write_behind(self, part: Part, path: Path, notes: Notes) -> None:
         pool = ThreadPoolExecutor(1, thread_name_prefix="autodecouple-checkpoint")
-        self._under_way = pool.submit(write, copied, path)
+        self._under_way = pool.submit(write, part, path, notes)
         pool.shutdown(wait=False)  # the thread ends with its one task; the interpreter waits for that
 
     def wait(self) -> None:
@@ -166,15 +185,10 @@ class Writer:
         if self._under_way is None:
             return
         try:
+            while not self._under_way.done():
+                concurrent.futures.wait([self._under_way], INTERVAL)
+                self._ranks.check()
             self._under_way.result()
         finally:
             if self._under_way.done():  # Ctrl-C may come while it is not
                 self._under_way = None
-
-
-def _copied(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """On the CPU, so that training may go on at once."""
-    return {
-        name: value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else copy.deepcopy(value)
-        for name, value in flat.items()
-    }

@@ -17,11 +17,14 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from autodecouple import checkpoints, fitting, replanning, states
+from autodecouple.epochs import Epoch
 from autodecouple.errors import CheckpointError, ClosedError, InputError
 from autodecouple.executors import Step
-from autodecouple.fitting import Epoch
+from autodecouple.fitting import Saving
+from autodecouple.flat import flatten
 from autodecouple.graph import Graph
 from autodecouple.options import Options
+from autodecouple.parts import part_of
 from autodecouple.passes.capturing.bind import bind
 from autodecouple.passes.place import check_device
 from autodecouple.pipeline import Pipeline, build
@@ -38,7 +41,7 @@ class Decoupled:
 
     Under torchrun every rank trains its own stages: `train_step` takes inputs on rank 0 only, a step knows the losses
     of the rank's stages, and on the last rank the output. All that waits for batches or reads the model is collective:
-    call it on every rank, at the same places; `save` then writes on rank 0.
+    call it on every rank, at the same places.
     """
 
     def __init__(self, model: nn.Module | Graph, options: Options) -> None:
@@ -121,6 +124,8 @@ class Decoupled:
         *,
         validation: Iterable[Any] | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
+        save_every: int | None = None,
+        resume: bool = False,
         progress: bool = True,
     ) -> list[Epoch]:
         """Train for some epochs with a progress bar on stderr; returns the history.
@@ -128,8 +133,13 @@ class Decoupled:
         loader: gives (inputs, target), or (input, ..., input, target), or a dict with "labels"
         validation: the same, evaluated after each epoch
         checkpoint: folder to save to after each epoch, in the background
+        save_every: batches of an epoch after which to save there, too
+        resume:     go on from the checkpoint if there is one: in the middle of an epoch with the batch that is next, in
+                    the same order where that is drawn by torch's generator or the loader's; `epochs` counts from the
+                    first run's first. The model must have been captured: compile(..., example_inputs=...)
         """
-        return fitting.fit(self, loader, epochs, validation, checkpoint, progress)
+        saving = Saving.checked(checkpoint, save_every, resume)
+        return fitting.fit(self, loader, epochs, validation, saving, progress)
 
     def replan(self, n_stages: int | None = None, *, min_gain: float = 0.03) -> Plan:
         """Balance the stages anew by what they have taken so far, and go on training exactly where this stands.
@@ -228,19 +238,41 @@ class Decoupled:
     def save(self, path: str | os.PathLike[str], *, background: bool = False) -> None:
         """Write a checkpoint, a folder: a new one is complete before it replaces the old.
 
+        Under torchrun every rank writes its own stages, into the folder that rank 0 names.
         background: copy the state and return; it is written while training goes on. The next `save`, `synchronize` or
         `close` waits for it, and raises CheckpointError if it could not be written
         """
-        self._gather()
-        if self._compiled.executor.feeds:
-            self._writer.save(states.collect(self._compiled, self._next_batch), Path(path).resolve(), background)
-        self._drain()  # no rank reads the folder before it is there
+        self._save(path, background)
+
+    def _save(self, path: str | os.PathLike[str], background: bool, loop: Any = None) -> None:
+        """With where a loop over epochs stands, each rank's own."""
+        self._drain()
+        pipeline, ranks = self._compiled, self._compiled.executor.ranks
+        if ranks.size == 1:
+            self._gather()
+        if ranks.size > 1 or pipeline.executor.feeds:
+            state = states.collect(pipeline, self._next_batch) | ({"loops": {ranks.rank: loop}} if loop else {})
+            self._writer.save(part_of(flatten(state), pipeline, ranks), Path(path).resolve(), background, ranks)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Go on from what `save` wrote; raises CheckpointError for what is not whole, and as `load_state_dict` does."""
+        self._next_batch = states.restore(self._compiled, self._read(path))
+
+    def resume(self, path: str | os.PathLike[str]) -> int:
+        """Go on from the checkpoint if there is one, as after a restart; returns how many batches are trained so far.
+
+        Raises as `load` does for a checkpoint that is not whole, or does not fit.
+        """
+        pipeline = self._compiled
+        if checkpoints.exists(Path(path).resolve()):
+            self._next_batch = states.restore(pipeline, self._read(path))
+        return self._next_batch
+
+    def _read(self, path: str | os.PathLike[str]) -> dict[str, Any]:
+        """The state in a checkpoint, when all that was under way is done."""
         self._writer.wait()
         self._drain()
-        self._next_batch = states.restore(self._compiled, checkpoints.load(Path(path).resolve()))
+        return checkpoints.load(Path(path).resolve())
 
     # ---------------------------------------------------------------- looking at it
 
@@ -292,13 +324,15 @@ class Decoupled:
     def close(self) -> None:
         """Finish the batches, and the checkpoint, under way and end the workers; inference and saving go on to work."""
         try:
-            if self._pipeline is not None and not self._closed:
-                self._pipeline.executor.close()
+            self._writer.wait()  # before the ranks part
         finally:
-            self._closed = True
-            if self._pipeline is not None:
-                self._finalizer.detach()
-            self._writer.wait()
+            try:
+                if self._pipeline is not None and not self._closed:
+                    self._pipeline.executor.close()
+            finally:
+                self._closed = True
+                if self._pipeline is not None:
+                    self._finalizer.detach()
 
     def __enter__(self) -> Decoupled:
         return self

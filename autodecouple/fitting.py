@@ -5,20 +5,21 @@ from __future__ import annotations
 import math
 import os
 import sys
-import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from autodecouple import checkpoints
+from autodecouple.epochs import Epoch, count_hits, has_rows
 from autodecouple.errors import InputError
 from autodecouple.executors import Step
+from autodecouple.executors.ranks import ALONE
+from autodecouple.loops import Loop
 
 if TYPE_CHECKING:
     from autodecouple.decoupled import Decoupled
@@ -28,46 +29,41 @@ LAG = 8
 
 
 @dataclass(frozen=True)
-class Epoch:
-    """One epoch: mean loss per stage, accuracy in training and validation (NaN where unknown), seconds."""
+class Saving:
+    """Where a loop saves: after every epoch, and after every so many batches of one; whether it goes on from there."""
 
-    epoch: int
-    losses: tuple[float, ...]
-    accuracy: float
-    validation: float
-    seconds: float
+    path: Path | None
+    every: int | None
+    resumes: bool
 
-    def __str__(self) -> str:
-        losses = " ".join(f"{loss:.3f}" for loss in self.losses)
-        held_out = "" if math.isnan(self.validation) else f"  validation {self.validation:.1%}"
-        return f"epoch {self.epoch:3d}  losses {losses}  accuracy {self.accuracy:.1%}{held_out}  {self.seconds:.1f} s"
+    @staticmethod
+    def checked(checkpoint: str | os.PathLike[str] | None, every: int | None, resumes: bool) -> Saving:
+        """Raises InputError, and CheckpointError for a path where no checkpoint can be."""
+        if checkpoint is None:
+            if resumes or every is not None:
+                raise InputError("resume= and save_every= need to know where: pass checkpoint=, a folder")
+            return Saving(None, None, False)
+        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+            raise InputError(f"save_every must be a positive number of batches, not {every!r}")
+        path = Path(checkpoint).resolve()
+        checkpoints.check_target(path)  # before the epoch whose result it is to hold
+        return Saving(path, every, resumes)
 
+    def begin(self, decoupled: Decoupled, loader: Iterable[Any]) -> Loop:
+        """Where the checkpoint stands, if there is one to go on from."""
+        ranks = decoupled._compiled.executor.ranks if self.resumes else ALONE
+        if self.path is None or not self.resumes or not checkpoints.exists(self.path):
+            return Loop()
+        state = decoupled._read(self.path)
+        decoupled.load_state_dict(state)
+        return Loop.resumed(state.get("loops", {}), ranks, len(decoupled.stages), loader)
 
-class _Mean:
-    """Running means of the losses and hits of finished steps."""
+    def is_due(self, batch: int) -> bool:
+        return self.every is not None and batch % self.every == 0
 
-    def __init__(self) -> None:
-        self.rows = 0
-        self.hits = 0
-        self.compared = 0
-        self.sums: list[float] = []
-
-    def add(self, step: Step, target: Any) -> None:
-        rows = len(target) if isinstance(target, (torch.Tensor, list, tuple)) and _has_rows(target) else 1
-        losses = [math.nan if loss is None else loss for loss in step.losses]
-        self.sums = [a + b * rows for a, b in zip(self.sums or [0.0] * len(losses), losses, strict=True)]
-        self.rows += rows
-        hits = count_hits(step.output, target)
-        if hits is not None:
-            self.hits, self.compared = self.hits + hits, self.compared + rows
-
-    @property
-    def losses(self) -> tuple[float, ...]:
-        return tuple(total / max(self.rows, 1) for total in self.sums)
-
-    @property
-    def accuracy(self) -> float:
-        return self.hits / self.compared if self.compared else math.nan
+    def save(self, decoupled: Decoupled, loop: Loop, loader: Iterable[Any]) -> None:
+        if self.path is not None:
+            decoupled._save(self.path, background=True, loop=loop.record(loader))
 
 
 def fit(
@@ -75,37 +71,40 @@ def fit(
     loader: Iterable[Any],
     epochs: int,
     validation: Iterable[Any] | None,
-    checkpoint: str | os.PathLike[str] | None,
+    saving: Saving,
     progress: bool,
 ) -> list[Epoch]:
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
         raise InputError(f"epochs must be a positive integer, not {epochs!r}")
-    if checkpoint is not None:
-        checkpoints.check_target(Path(checkpoint).resolve())  # before the epoch whose result it is to hold
-    history = []
-    for number in range(1, epochs + 1):
-        start = time.perf_counter()
-        mean = _Mean()
-        waiting: deque[tuple[Step, Any]] = deque()
-        for batch in _shown(loader, f"epoch {number}/{epochs}", progress):
-            inputs, target = unpack(batch)
-            waiting.append((decoupled.train_step(inputs, target), target))
-            if len(waiting) > LAG:
-                mean.add(*waiting.popleft())
-        decoupled.synchronize()
-        for step, target in waiting:
-            mean.add(step, target)
-        if mean.rows == 0:
-            raise InputError("the loader gave no batch: nothing was trained (a generator can be read only once)")
-        seconds = time.perf_counter() - start
-        held_out = decoupled.evaluate(validation)["accuracy"] if validation is not None else math.nan
-        history.append(Epoch(number, mean.losses, mean.accuracy, held_out, seconds))
-        if checkpoint is not None:
-            decoupled.save(checkpoint, background=True)
+    loop = saving.begin(decoupled, loader)
+    while loop.epoch <= epochs:
+        label = f"epoch {loop.epoch}/{epochs}"
+        _train(decoupled, loader, loop, saving, label if progress else None)
+        loop.end(decoupled.evaluate(validation)["accuracy"] if validation is not None else math.nan)
+        saving.save(decoupled, loop, loader)
         if progress:
-            Console(stderr=True, highlight=False).print(str(history[-1]))
+            Console(stderr=True, highlight=False).print(str(loop.history[-1]))
     decoupled.synchronize()
-    return history
+    return loop.history
+
+
+def _train(decoupled: Decoupled, loader: Iterable[Any], loop: Loop, saving: Saving, label: str | None) -> None:
+    """The rest of an epoch, saving on the way."""
+    waiting: deque[tuple[Step, Any]] = deque()
+    for batch in _shown(loop.batches(loader), loader, loop.batch, label):
+        inputs, target = unpack(batch)
+        waiting.append((decoupled.train_step(inputs, target), target))
+        loop.batch += 1
+        is_due = saving.is_due(loop.batch)
+        while len(waiting) > (0 if is_due else LAG):
+            loop.mean.add(*waiting.popleft())
+        if is_due:
+            saving.save(decoupled, loop, loader)
+    decoupled.synchronize()
+    for step, target in waiting:
+        loop.mean.add(step, target)
+    if loop.batch == 0:
+        raise InputError("the loader gave no batch: nothing was trained (a generator can be read only once)")
 
 
 def evaluate(decoupled: Decoupled, loader: Iterable[Any]) -> dict[str, float]:
@@ -115,7 +114,7 @@ def evaluate(decoupled: Decoupled, loader: Iterable[Any]) -> dict[str, float]:
         inputs, target = unpack(batch)
         decoupled._ensure_captured(inputs)
         output = decoupled(**inputs) if isinstance(inputs, Mapping) else decoupled(*_positional(inputs))
-        count = len(target) if _has_rows(target) else 1
+        count = len(target) if has_rows(target) else 1
         rows, total = rows + count, total + decoupled._task_loss(output, target) * count
         found = count_hits(output, target)
         if found is not None:
@@ -137,30 +136,16 @@ def unpack(batch: Any) -> tuple[Any, Any]:
     return (inputs[0] if len(inputs) == 1 else tuple(inputs)), target
 
 
-def count_hits(output: Any, target: Any) -> int | None:
-    """Rows whose largest logit is the target; None where output and target are not logits and class indices."""
-    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    logits = named if named is not None else output
-    fits = isinstance(logits, torch.Tensor) and logits.ndim == 2 and isinstance(target, torch.Tensor)
-    if not fits or target.shape != logits.shape[:1] or target.is_floating_point():
-        return None
-    return int((logits.argmax(1) == target.to(logits.device)).sum())
-
-
-def _has_rows(target: Any) -> bool:
-    return isinstance(target, torch.Tensor) and target.ndim > 0
-
-
 def _positional(inputs: Any) -> tuple[Any, ...]:
     return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
 
 
-def _shown(loader: Iterable[Any], label: str, progress: bool) -> Iterable[Any]:
-    """The loader with a bar on stderr, if that is a terminal."""
-    if not progress or not sys.stderr.isatty():
-        yield from loader
+def _shown(batches: Iterable[Any], loader: Iterable[Any], done: int, label: str | None) -> Iterable[Any]:
+    """The batches with a bar on stderr, if that is a terminal."""
+    if label is None or not sys.stderr.isatty():
+        yield from batches
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         total = len(loader) if isinstance(loader, Sized) else None
-        yield from bars.track(loader, total=total, description=label)
+        yield from bars.track(batches, total=total, completed=done, description=label)

@@ -1,7 +1,7 @@
 """A state as one flat dict of tensors and plain data, each under a name that does not depend on the cuts.
 
 model.<name>  heads.<node at the cut>.<name>  optim.<parameter's key>.<state>  gradients.<parameter's key>
-random.cpu  random.cuda.<index>  stages.<index>  progress
+random.cpu  random.cuda.<index>  stages.<index>  loops.<rank>  progress
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ def flatten(state: Mapping[str, Any]) -> dict[str, Any]:
     flat |= {f"gradients.{key}": value for key, value in state["gradients"].items()}
     flat |= {f"stages.{index}": stage for index, stage in enumerate(state["stages"])}
     flat |= {f"random.cuda.{index}": value for index, value in enumerate(state["random"]["cuda"])}
+    flat |= {f"loops.{rank}": loop for rank, loop in state.get("loops", {}).items()}
     flat["random.cpu"] = state["random"]["cpu"]
     flat["progress"] = {name: state[name] for name in PLAIN} | {"aliases": aliases, "heads": list(state["heads"])}
     return flat
@@ -42,7 +43,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     progress = sections["progress"][""]
     model = sections["model"]
     model |= {name: model[first] for name, first in progress["aliases"].items()}
-    random, stages = sections["random"], sections["stages"]
+    random, stages, loops = sections["random"], sections["stages"], sections["loops"]
     return {
         **{name: progress[name] for name in PLAIN},
         "model": model,
@@ -51,6 +52,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
         "gradients": sections["gradients"],
         "stages": [stages[str(index)] for index in range(len(stages))],
         "random": {"cpu": random["cpu"], "cuda": [random[f"cuda.{index}"] for index in range(len(random) - 1)]},
+        **({"loops": {int(rank): loop for rank, loop in loops.items()}} if loops else {}),
     }
 
 
@@ -59,11 +61,17 @@ def _aliases(model: Mapping[str, Any]) -> dict[str, str]:
     first: dict[Any, str] = {}
     aliases = {}
     for name, value in model.items():
-        if isinstance(value, torch.Tensor) and value.numel():
-            place = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
-            if (known := first.setdefault(place, name)) != name:
-                aliases[name] = known
+        place = place_of(value)
+        if place is not None and (known := first.setdefault(place, name)) != name:
+            aliases[name] = known
     return aliases
+
+
+def place_of(value: Any) -> Any:
+    """The memory that a tensor is; None for what has none."""
+    if not isinstance(value, torch.Tensor) or not value.numel():
+        return None
+    return value.device, value.data_ptr(), value.dtype, value.shape, value.stride()
 
 
 def _heads(section: Mapping[str, Any], places: Iterable[str]) -> dict[str, dict[str, Any]]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan
+from torch.distributed.checkpoint.storage import WriteResult
 
 from autodecouple.errors import CheckpointError
 
@@ -25,20 +27,40 @@ _AS_IT_IS = {"flatten_state_dict": False, "flatten_sharded_tensors": False}
 """Flattening, either way, takes plain data apart and loses empty dicts."""
 
 
-def write(flat: Flat, folder: Path) -> None:
-    """Write tensors and plain data with torch.distributed.checkpoint, as one process that saves alone.
+@dataclass(frozen=True)
+class Written:
+    """What one rank wrote, as the metadata of the whole needs it."""
 
-    Its steps one by one: `dcp.save` warns of every save without a process group, and filters of warnings are shared by
-    all threads. Raises CheckpointError for data that could not be read again.
+    plan: SavePlan
+    results: list[WriteResult]
+
+
+def write(flat: Flat, folder: Path, rank: int = 0) -> Written:
+    """Write one rank's tensors and plain data with torch.distributed.checkpoint.
+
+    Its steps one by one: `dcp.save` of several ranks waits inside collectives, which a rank that is killed never ends,
+    and of one it warns every time. The ranks' names differ, so none has to know of the others'. Raises CheckpointError
+    for data that could not be read again.
     """
     for name, value in flat.items():
         _check_plain(name, value)
-    planner, writer = DefaultSavePlanner(**_AS_IT_IS), FileSystemWriter(folder, sync_files=False)
-    writer.set_up_storage_writer(True)
+    planner, writer = DefaultSavePlanner(**_AS_IT_IS), _writer(folder)
     planner.set_up_planner(flat, writer.storage_meta(), is_coordinator=True)
-    plans, metadata = planner.create_global_plan([writer.prepare_local_plan(planner.create_local_plan())])
-    plan = planner.finish_plan(writer.prepare_global_plan(plans)[0])
-    writer.finish(metadata, [writer.write_data(plan, planner).wait()])
+    plan = writer.prepare_local_plan(planner.create_local_plan())
+    plan = planner.finish_plan(writer.prepare_global_plan([plan] * (rank + 1))[rank])  # files are named by the place
+    return Written(plan, writer.write_data(plan, planner).wait())
+
+
+def finish(parts: Sequence[Written], folder: Path) -> None:
+    """Write the metadata of all ranks' parts, which makes them one checkpoint."""
+    _, metadata = DefaultSavePlanner(**_AS_IT_IS).create_global_plan([part.plan for part in parts])
+    _writer(folder).finish(metadata, [part.results for part in parts])
+
+
+def _writer(folder: Path) -> FileSystemWriter:
+    writer = FileSystemWriter(folder, sync_files=False)
+    writer.set_up_storage_writer(True)
+    return writer
 
 
 def read(folder: Path) -> Flat:
@@ -55,9 +77,10 @@ def read(folder: Path) -> Flat:
 
 
 def write_weights(weights: Mapping[str, torch.Tensor], aliases: Mapping[str, str], path: Path) -> None:
-    """Write `model.safetensors`, which every version of torch can read, and `safetensors.torch.load_model` loads."""
+    """Write a file of safetensors, which every version of torch can read, and `safetensors.torch.load_model` loads."""
     tensors = {name: value.detach().contiguous() for name, value in weights.items()}
-    save_file(tensors, path, metadata={"format": "pt", **aliases})
+    own = {name: first for name, first in aliases.items() if first in tensors}
+    save_file(tensors, path, metadata={"format": "pt", **own})
 
 
 def _room(item: Any) -> torch.Tensor | None:

@@ -497,10 +497,10 @@ def test_reading_runs_no_code(
     path = tmp_path / "c"
     path.mkdir()
     monkeypatch.setattr(storage, "_check_plain", lambda *_: None)
-    storage.write({"model.w": torch.ones(2), "progress": Evil()}, path)
+    storage.finish([storage.write({"model.w": torch.ones(2), "progress": Evil()}, path)], path)
     if place == "metadata":
         (path / ".metadata").write_bytes(pickle.dumps(Evil()))
-    sums = {file.name: [file.stat().st_size, checkpoints._sum(file)] for file in path.iterdir()}
+    sums = {file.name: [file.stat().st_size, checkpoints.checksum(file)] for file in path.iterdir()}
     (path / "sums.json").write_text(json.dumps(sums))
     with pytest.raises(CheckpointError, match=r"(?s)not a whole checkpoint: UnpicklingError.*print"):
         checkpoints.load(path)
@@ -715,10 +715,10 @@ class Gate:
         self.open, self.came, self.write = threading.Event(), 0, storage.write
         monkeypatch.setattr(storage, "write", self)
 
-    def __call__(self, *args: Any) -> None:
+    def __call__(self, *args: Any) -> Any:
         self.came += 1
         assert self.open.wait(20)
-        self.write(*args)
+        return self.write(*args)
 
 
 def test_training_goes_on_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

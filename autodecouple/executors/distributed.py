@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import math
 import pickle
 import sys
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.utils import _pytree as pytree
 
 from autodecouple.errors import ClosedError, InputError
@@ -26,11 +29,15 @@ from autodecouple.executors.gloo import GlooLinks, LinkLostError
 from autodecouple.executors.job import Job
 from autodecouple.executors.lane import LaneRunner, neighbours
 from autodecouple.executors.peers import Peers
+from autodecouple.executors.ranks import ALONE, Ranks
 from autodecouple.executors.world import World
 from autodecouple.schedules.program import Program
 from autodecouple.stage import Stage
 from autodecouple.stage_state import restore_stage, stage_state
 from autodecouple.timeline import Timeline
+
+LAST_WRITES = 300.0
+"""Seconds for a checkpoint under way when the ranks have parted, and nobody notices any more who is gone."""
 
 
 class Distributed:
@@ -53,14 +60,23 @@ class Distributed:
         self._peers = Peers(world, program, lambda: links.lose(None))
         feeder = None if world.rank == 0 else world.rank - 1
         self._lane = LaneRunner(world.rank, stages, program, self._links, feeder, self._recorder)
+        writers = tuple(rank for rank, own in enumerate(self._lanes) for _ in own)
+        store = PrefixStore("checkpoints", world.store.clone())
+        self._ranks = Ranks(world.rank, world.size, writers, store, self._check, self._has_ended)
         self._batches = 0
         self._is_current = False  # whether all ranks hold the same state
-        self._stopped = False
+        self._stopped = self._failed = False
+        self._parted = math.inf
         _running.add(self)
 
     @property
     def feeds(self) -> bool:
         return self._rank == 0
+
+    @property
+    def ranks(self) -> Ranks:
+        """Once the ranks have parted each has everything, and those that feed may write it."""
+        return ALONE if self._stopped else self._ranks
 
     @property
     def timeline(self) -> Timeline:
@@ -121,10 +137,12 @@ class Distributed:
 
     def _stop(self) -> None:
         self._stopped = True
+        self._parted = time.monotonic()
         self._peers.end()
         self._links.cut()
 
     def _fail(self) -> None:
+        self._failed = True
         self._stop()
         self._peers.settle()
 
@@ -145,6 +163,17 @@ class Distributed:
             self._peers.publish(error)
             self._fail()
             raise
+
+    def _check(self) -> None:
+        """Raise what has ended the training, unless that is known already."""
+        if not self._stopped:
+            with self._guarded():
+                self._links.check()
+
+    def _has_ended(self) -> bool:
+        """Whether others cannot be waited for: one failed or is gone, or all have parted long ago."""
+        is_lost = self._links.is_lost  # first: parting cuts the links, and says so before
+        return (is_lost and (self._failed or not self._stopped)) or time.monotonic() > self._parted + LAST_WRITES
 
     # ---------------------------------------------------------------- the state of all ranks
 

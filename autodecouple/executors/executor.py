@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from autodecouple.executors.job import Job
+from autodecouple.executors.ranks import ALONE, Ranks
 from autodecouple.executors.transport import Queue
 from autodecouple.plans import Plan
 from autodecouple.schedules.actions import Action, Schedule
@@ -20,10 +21,14 @@ class Executor(Protocol):
     """Runs jobs through the stages in the order of a schedule.
 
     feeds: whether the batches' inputs come from this process; elsewhere a job has none
+    ranks: who writes a checkpoint; where there are several, each saves what it has without `gather`
     """
 
     @property
     def feeds(self) -> bool: ...
+
+    @property
+    def ranks(self) -> Ranks: ...
 
     @property
     def timeline(self) -> Timeline: ...
@@ -53,6 +58,7 @@ class Local:
     """What is the same for every executor whose stages are trained in this process."""
 
     feeds = True
+    ranks = ALONE
 
     def gather(self) -> None:
         return None

@@ -84,6 +84,10 @@ class GlooLinks:
             self._changed.notify_all()
             return inbox.popleft()
 
+    @property
+    def is_lost(self) -> bool:
+        return self._lost is not None
+
     def check(self) -> None:
         if self._lost is not None:
             raise self._lost

@@ -21,6 +21,7 @@ from autodecouple.errors import ClosedError, InputError
 from autodecouple.executors.crew import Crew
 from autodecouple.executors.job import Job
 from autodecouple.executors.memory import share
+from autodecouple.executors.ranks import ALONE
 from autodecouple.executors.worker import Command
 from autodecouple.schedules.program import Program
 from autodecouple.stage import Stage
@@ -37,6 +38,7 @@ class Processes:
     """
 
     feeds = True
+    ranks = ALONE
 
     def __init__(self, stages: Sequence[Stage], program: Program, num_threads: int) -> None:
         _check_possible(stages)

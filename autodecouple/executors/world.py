@@ -16,6 +16,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from autodecouple.errors import InputError, PeerError, PlanError
+from autodecouple.executors.attempt import attempt
 from autodecouple.plans import Plan
 from autodecouple.schedules.program import Program
 
@@ -52,7 +53,8 @@ class World:
     def apart(self) -> World:
         """The same world with a store for one pipeline; every rank makes its pipelines in the same order."""
         store = PrefixStore(f"autodecouple/{next(_numbers)}", self.store)
-        return World(self.rank, self.size, store)
+        name = attempt(store, self.rank, self.size, ARRIVAL)
+        return World(self.rank, self.size, PrefixStore(name, store))
 
     def group(self) -> Any:
         """A process group of its own: what the user does with theirs, nobody here waits for."""
