@@ -21,10 +21,11 @@ import torch.distributed as dist
 from torch.utils import _pytree as pytree
 
 from autodecouple.errors import ClosedError, InputError
+from autodecouple.executors.coupled import Pipelining, suits
 from autodecouple.executors.executor import Recorder
 from autodecouple.executors.gloo import GlooLinks, LinkLostError
 from autodecouple.executors.job import Job
-from autodecouple.executors.lane import LaneRunner, neighbours
+from autodecouple.executors.lane import LaneRunner, in_order, neighbours
 from autodecouple.executors.peers import Peers
 from autodecouple.executors.world import World
 from autodecouple.schedules.program import Program
@@ -52,7 +53,8 @@ class Distributed:
         self._links = links = GlooLinks(world.group(), peers, program.schedule.queue_depth)
         self._peers = Peers(world, program, lambda: links.lose(None))
         feeder = None if world.rank == 0 else world.rank - 1
-        self._lane = LaneRunner(world.rank, stages, program, self._links, feeder, self._recorder)
+        walk = Pipelining() if suits(program.plan) else in_order
+        self._lane = LaneRunner(world.rank, stages, program, self._links, feeder, self._recorder, walk)
         self._batches = 0
         self._is_current = False  # whether all ranks hold the same state
         self._stopped = False
