@@ -171,7 +171,7 @@ class Stage:
                 with full_precision(tensors[0]):
                     if split and passage.again is None:
                         inputs = [values[name] for name in passage.coupled]
-                        work.rests[micro_batch] = backward_inputs(tensors, given, inputs, self.parameters)
+                        work.rests[micro_batch] = backward_inputs(tensors, given, inputs)
                     else:
                         torch.autograd.backward(tensors, given)
         leaves = {self.code.origin(name): values[name] for name in passage.coupled}

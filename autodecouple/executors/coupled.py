@@ -1,20 +1,20 @@
-"""Coupled stages in the runtime of torch.distributed.pipelining, on lanes in processes of their own.
+"""Coupled stages in the runtime of torch.distributed.pipelining: one lane per process.
 
-Its runtime takes a lane's order (GPipe, 1F1B, interleaved, zero bubble: `schedules`, which tests hold against torch's own),
-adds the transfers between lanes in a sequence that cannot deadlock, and runs it, FORWARD, BACKWARD and WEIGHT each as a call
-of one of the stages here:
+The runtime is given the orders of all lanes (GPipe, 1F1B, interleaved, zero bubble: those of `schedules`, which are
+torch's own), refuses what would deadlock, and runs its lane's, each action as a call of one of the stages here and
+under its name in a profile:
 
-    order      1F0 1B0 1F1 1B1 U              of lane 1 of 2
-    runtime    receive 1F0, 1F0, 1B0, send 1B0, receive 1F1, ...      PP:1F0 in a profile
+    order      1F0 1F1 3F0 3L0 3B0 ...          lane 1 of 2
+    runtime    PP:1F0 PP:1F1 PP:3F0 PP:3B0      3L0 goes with 3B0; updates are behind the runtime's last action
 
-The stages do what they do in every executor, so that weights are the same to the last bit. What crosses goes over `Links`,
-whose threads receive ahead of the lane: torch's own transfers want tensors only, of one shape and layout for all
-micro-batches, which the smaller last batch, masks and numbers that cross are not, and know no way to end a wait for a rank
-that has failed.
+The stages do what they do in every executor, so that weights are the same to the last bit. What crosses goes over the
+lane's `Links`: torch's own transfers take tensors of one shape and layout for all micro-batches and batches, which the
+smaller last batch, masks and numbers that cross are not, and nothing ends their wait for a rank that has failed.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,8 +50,13 @@ class Pipelining:
             self._made[count] = _runtime(program, lane, cursor), cursor
         runtime, cursor = self._made[count]
         cursor.begin(iter(program.lanes[lane]), act)
-        runtime.step(return_outputs=False)
+        with contextlib.suppress(_Stopped):
+            runtime.step(return_outputs=False)
         cursor.finish()
+
+
+class _Stopped(BaseException):
+    """Ends the runtime where the cursor holds an error: for an Exception it would write all orders to the log."""
 
 
 class Cursor:
@@ -60,23 +65,33 @@ class Cursor:
     def begin(self, actions: Iterator[Action], act: Act) -> None:
         self._actions = actions
         self._act = act
+        self._error: Exception | None = None
 
     def advance(self, until: Action) -> None:
         """Take all actions up to this one."""
-        for action in self._actions:
-            self._act(action)
-            if action.op in _LETTERS:
-                assert action == until, f"torch's runtime has come to {until}, but the lane to {action}"
-                return
+        try:
+            for action in self._actions:
+                self._act(action)
+                if action.op in _LETTERS:
+                    assert action == until, f"torch's runtime has come to {until}, but the lane to {action}"
+                    return
+        except Exception as error:
+            self._error = error
+            raise _Stopped from None
 
     def finish(self) -> None:
-        """Take what is left: updates."""
+        """Take what is left, which is updates, or raise what has ended the runtime."""
+        if self._error is not None:
+            try:
+                raise self._error
+            finally:
+                self._error = None  # it holds this frame, and the frame would hold it
         for action in self._actions:
             self._act(action)
 
 
 @dataclass(eq=False)
-class _Stage:
+class RuntimeStage:
     """A stage as the runtime sees it: which one it is, and what to call for an action.
 
     Nothing is handed in or out: values wait in the job, and their transfers belong to the actions.
@@ -126,7 +141,7 @@ def _runtime(program: Program, lane: int, cursor: Cursor) -> Any:
     from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime  # takes seconds to import
 
     plan = program.plan
-    stages = [_Stage(index, len(plan.stages), lane, len(plan.lanes), cursor) for index in plan.lanes[lane]]
+    stages = [RuntimeStage(index, len(plan.stages), lane, len(plan.lanes), cursor) for index in plan.lanes[lane]]
     runtime = _PipelineScheduleRuntime(stages, program.schedule.num_micro_batches, scale_grads=False)
     runtime._prepare_schedule_with_comms(orders(program))
     return runtime

@@ -4,6 +4,8 @@ A rank runs its lane's actions in the caller's thread, one batch at a time, and 
 
     rank 0   ... F0 L0 B0 U0 F1 L1 B1 U1 F2 ...         the script feeds batches here
     rank 1         ... F0 L0 B0 U0 F1 L1 B1 U1 ...      train_step here takes the next one from rank 0
+
+Where every cut is coupled, the lane is walked in the runtime of torch.distributed.pipelining (`coupled`).
 """
 
 from __future__ import annotations

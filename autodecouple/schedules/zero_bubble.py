@@ -17,8 +17,8 @@ from autodecouple.schedules.sequential import require_counts
 class ZeroBubble:
     """Interleaved 1F1B with each backward in two: inputs (B) first, weights (W) when there is time (Qi et al. 2024).
 
-        lane 0   F0 F1 .. .. B0 W0 F2 B1 W1 .. B2 W2 U      ZB-H1 of the paper: lane k is k weights behind
-        lane 1      F0 B0 F1 B1 W0 F2 B2 W1 W2 U            the last lane waits for no one, the first for less
+        lane 0   F0 F1 .. B0 W0 F2 B1 W1 B2 W2 U      ZB-H1 of the paper: lane k is up to k weights behind
+        lane 1   .. F0 B0 F1 B1 W0 F2 B2 W1 W2 U      F, B and W take equally long here; idle (K-1) / (3M + K-1)
 
     A lane may hold one stage, or several in turn. The loss is taken per micro-batch. Where activations are computed
     again (`recompute`) a backward is not split, and W takes no time. Counts are whole numbers from 1. Raises
