@@ -192,8 +192,9 @@ def simulate(
           links where it was made with cost="measured", else FLOPs at 1e12 per second and free links
     """
     found = schedules.resolve(schedule)
+    plan = schedules.placed(plan, found)
     if cost is None:
-        cost = predicted(plan, found.num_micro_batches)
+        cost = predicted(plan, found)
     elif isinstance(cost, Timeline):
         cost = measured(cost)
     return simulator.run(plan, found, cost, batches)

@@ -9,8 +9,10 @@ from typing import Protocol
 
 from autodecouple.errors import InputError
 from autodecouple.plans import Plan
-from autodecouple.schedules.actions import Action, Op
+from autodecouple.schedules.actions import Action, Op, Schedule
 from autodecouple.timeline import Timeline
+
+_BACKWARD = (Op.BACKWARD, Op.WEIGHT)
 
 
 class Cost(Protocol):
@@ -30,6 +32,7 @@ class FlopCost:
     flops_per_second: of a lane of speed 1   bytes_per_second, latency (seconds): of every link between lanes
     num_micro_batches must be the schedule's. UPDATE takes no time: it moves bytes rather than computing, and a plan's
     stages are balanced without it, so that streaming tends to exactly `Plan.speedup`.
+    splits_backward: the schedule's, which takes weights apart: half of the backward, as of a product of two matrices
     """
 
     plan: Plan
@@ -37,6 +40,7 @@ class FlopCost:
     flops_per_second: float = 1e12
     bytes_per_second: float = math.inf
     latency: float = 0.0
+    splits_backward: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_micro_batches", "flops_per_second", "bytes_per_second"):
@@ -45,7 +49,8 @@ class FlopCost:
 
     def seconds(self, action: Action) -> float:
         stage = self.plan.stages[action.stage]
-        flops = {Op.FORWARD: stage.forward_flops, Op.LOSS: stage.head_flops, Op.BACKWARD: stage.backward_flops}
+        backward = stage.backward_flops / (2 if self.splits_backward else 1)
+        flops = {Op.FORWARD: stage.forward_flops, Op.LOSS: stage.head_flops, **dict.fromkeys(_BACKWARD, backward)}
         slices = 1 if action.micro_batch is None else self.num_micro_batches
         return flops.get(action.op, 0) / slices / (self.flops_per_second * stage.speed)
 
@@ -57,11 +62,13 @@ class FlopCost:
 class TimedCost:
     """The seconds that a plan holds, of stages and of links; a micro-batch takes its share of them.
 
-    num_micro_batches must be the schedule's. Raises InputError for a plan whose stages were not timed.
+    num_micro_batches must be the schedule's; splits_backward as for FlopCost. Raises InputError for a plan whose stages
+    were not timed.
     """
 
     plan: Plan
     num_micro_batches: int = 1
+    splits_backward: bool = False
 
     def __post_init__(self) -> None:
         if not self.plan.is_timed:
@@ -69,7 +76,8 @@ class TimedCost:
 
     def seconds(self, action: Action) -> float:
         stage = self.plan.stages[action.stage]
-        found = {Op.FORWARD: stage.forward_seconds, Op.LOSS: stage.head_seconds, Op.BACKWARD: stage.backward_seconds}
+        backward = (stage.backward_seconds or 0.0) / (2 if self.splits_backward else 1)
+        found = {Op.FORWARD: stage.forward_seconds, Op.LOSS: stage.head_seconds, **dict.fromkeys(_BACKWARD, backward)}
         slices = 1 if action.micro_batch is None else self.num_micro_batches
         return (found.get(action.op, stage.update_seconds) or 0.0) / slices
 
@@ -80,9 +88,10 @@ class TimedCost:
         return self.plan.links[lane].seconds(self.plan.cuts[cut].num_bytes / self.num_micro_batches)
 
 
-def predicted(plan: Plan, num_micro_batches: int) -> Cost:
+def predicted(plan: Plan, schedule: Schedule) -> Cost:
     """The best that the plan itself tells: its seconds where it was timed, else its FLOPs at 1e12 per second."""
-    return TimedCost(plan, num_micro_batches) if plan.is_timed else FlopCost(plan, num_micro_batches)
+    kind = TimedCost if plan.is_timed else FlopCost
+    return kind(plan, schedule.num_micro_batches, splits_backward=getattr(schedule, "splits_backward", False))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from autodecouple.passes.measuring.updates import MakeOptimizer
 from autodecouple.passes.partition import check_n_stages
 from autodecouple.passes.place import check_lane, default_devices
 from autodecouple.plans import Plan
-from autodecouple.schedules import GPipe, OneFOneB, Schedule, Sequential
+from autodecouple.schedules import Schedule, Sequential
 from autodecouple.stage import Training
 
 COSTS = ("flops", "measured")
@@ -144,7 +144,7 @@ def choose_executor(executor: str | None, schedule: Schedule) -> str:
         return executor
     if isinstance(schedule, Sequential):
         return "inline"
-    return "distributed" if world_size() > 1 and not isinstance(schedule, (GPipe, OneFOneB)) else "streams"
+    return "distributed" if world_size() > 1 else "streams"
 
 
 def choose_devices(devices: Sequence[Any] | None, executor: str) -> Sequence[Any] | None:

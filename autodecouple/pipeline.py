@@ -43,6 +43,7 @@ from autodecouple.passes.place import assign_lanes
 from autodecouple.passes.trace import capture
 from autodecouple.plans import Plan, TensorSpec
 from autodecouple.randomness import Randomness
+from autodecouple.schedules import placed
 from autodecouple.schedules.program import Program
 from autodecouple.signals import check_classes, describe
 from autodecouple.stage import Stage
@@ -140,9 +141,10 @@ def _fit(plan: Plan, graph: Graph, candidates: tuple[Candidate, ...], wish: Wish
     cuts = [cut.after for cut in plan.cuts]
     charges = (Charge(graph, recompute=wish.recompute),) * len(plan.stages)
     fitted = choose_cuts(graph, candidates, len(plan.stages), wish.objectives, cut_at=cuts, charges=charges)
-    places = [(stage.lane, stage.device) for stage in plan.stages]
-    if any(b[0] - a[0] not in (0, 1) for a, b in itertools.pairwise([(0, ""), *places])):
-        raise PlanError(f"lanes must hold contiguous stages, counted from 0, but are {[lane for lane, _ in places]}")
+    lanes = [stage.lane for stage in plan.stages]
+    turns = [*range(len(plan.lanes))] * (len(lanes) // len(plan.lanes))
+    if lanes != turns and any(b - a not in (0, 1) for a, b in itertools.pairwise([0, *lanes])):
+        raise PlanError(f"lanes must hold contiguous stages, or the stages in turn, equally many each, counted from 0, but are {lanes}")
     kept = _PLACED if [s.nodes for s in plan.stages] != [s.nodes for s in fitted.stages] else (*_PLACED, *_TIMED)
     stages = tuple(
         dataclasses.replace(stage, **{name: getattr(given, name) for name in kept})
@@ -235,7 +237,7 @@ class Pipeline:
 def build(model: nn.Module | Graph, example_inputs: Any, example_target: Any, options: Options) -> Pipeline:
     """Run every pass: trace, measure, candidates, partition, place, insert, codegen."""
     graph, candidates = analyse(model, example_inputs, example_target, options.capturing)
-    plan = decide(graph, candidates, options.wish, example_inputs)
+    plan = placed(decide(graph, candidates, options.wish, example_inputs), options.schedule)
     verify.plan_fits(graph, plan)
     programs = Programs(plan, options.schedule, graph.smallest_batch)
     program = programs.full  # raises where the schedule does not suit the plan

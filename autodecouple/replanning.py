@@ -16,6 +16,7 @@ from autodecouple.passes.measuring.observed import charge_observed, seconds_per_
 from autodecouple.passes.partition import check_n_stages
 from autodecouple.pipeline import Pipeline, arrange, build, lanes_of
 from autodecouple.plans import Plan
+from autodecouple.schedules import placed
 
 
 def replan(pipeline: Pipeline, n_stages: int | None, min_gain: float) -> Pipeline | None:
@@ -40,6 +41,7 @@ def replan(pipeline: Pipeline, n_stages: int | None, min_gain: float) -> Pipelin
     charges = [dataclasses.replace(charge, speed=lane.speed, memory_limit=lane.memory_limit) for lane in lanes_of(wish)]
     candidates = keep_whole(pipeline.graph, pipeline.candidates, wish.no_split)
     found = with_seconds(arrange(pipeline.graph, candidates, wish, charges), charges, wish.objectives)
+    found = placed(found, pipeline.options.schedule)
     if n_stages is None and not _is_better(found, pipeline, charge, min_gain):
         return None
     plan = dataclasses.replace(found, links=pipeline.plan.links if len(found.lanes) == len(pipeline.plan.lanes) else ())

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from autodecouple.errors import InputError, NonFiniteLossError
+from autodecouple.halves import backward_inputs
 from autodecouple.objectives.heads import full_precision
 from autodecouple.passes.codegen import StageCode
 from autodecouple.plans import Plan
@@ -148,11 +149,12 @@ class Stage:
         return _free_tree(encoded)
 
     def backward(
-        self, work: Work, micro_batch: int, gradients: Mapping[str, torch.Tensor] | None
+        self, work: Work, micro_batch: int, gradients: Mapping[str, torch.Tensor] | None, *, split: bool = False
     ) -> dict[str, torch.Tensor] | None:
         """Carry the gradients of one micro-batch through the stage; returns those of its coupled inputs.
 
         gradients: of what a coupled next stage was sent, by the names of the plan; so are those returned
+        split: leave the weights' gradients to `weight`; what is computed again is not split
         """
         passage = work.passages.pop(micro_batch)
         for name in self.code.sends if gradients else ():
@@ -165,11 +167,23 @@ class Stage:
             names = [name for name in passage.gradients if values[name].requires_grad]
             if names:
                 tensors = [values[name] for name in names]
+                given = [passage.gradients[name] for name in names]
                 with full_precision(tensors[0]):
-                    torch.autograd.backward(tensors, [passage.gradients[name] for name in names])
+                    if split and passage.again is None:
+                        inputs = [values[name] for name in passage.coupled]
+                        work.rests[micro_batch] = backward_inputs(tensors, given, inputs)
+                    else:
+                        torch.autograd.backward(tensors, given)
         leaves = {self.code.origin(name): values[name] for name in passage.coupled}
         sent = {name: x.grad if x.grad is not None else torch.zeros_like(x) for name, x in leaves.items()}
         return sent if self.coupled_before else None
+
+    def weight(self, work: Work, micro_batch: int) -> None:
+        """What a split backward has left of one micro-batch: the gradients of the weights."""
+        rest = work.rests.pop(micro_batch, None)
+        if rest is not None and self.parameters:
+            with full_precision(self.parameters[0]):
+                rest()
 
     def update(self, work: Work, judge: Work) -> torch.Tensor | None:
         """Step the optimizer and scheduler; returns the batch's loss, None where it is another stage's.
@@ -218,6 +232,7 @@ class Stage:
     def discard(self, work: Work) -> None:
         """Forget a batch: gradients and buffers as they were before its forward."""
         work.passages.clear()
+        work.rests.clear()
         if work.before is None:
             return
         with torch.no_grad():

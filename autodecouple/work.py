@@ -44,11 +44,15 @@ class Before:
 
 @dataclass
 class Work:
-    """What a stage holds of one batch between its forward and its update; `sizes` are the micro-batches' rows."""
+    """What a stage holds of one batch between its forward and its update; `sizes` are the micro-batches' rows.
+
+    rests: what is left to do for the weights' gradients, of micro-batches whose backward was split
+    """
 
     sizes: Sequence[int]
     before: Before | None = None
     passages: dict[int, Passage] = field(default_factory=dict)
+    rests: dict[int, Callable[[], None]] = field(default_factory=dict)
     losses: list[torch.Tensor] = field(default_factory=list)
     finite: list[Flag] = field(default_factory=list)
     outputs: dict[int, tuple[Any, ...]] = field(default_factory=dict)

@@ -19,7 +19,7 @@ LAYERS: tuple[set[str], ...] = (
     {"plans", "timeline", "schedules", "devices"},
     {"simulator", "cost", "view"},
     {"graph", "objectives", "passes", "randomness", "signals"},
-    {"stage", "stage_state", "work"},
+    {"halves", "stage", "stage_state", "work"},
     {"executors"},
     {"options", "pipeline", "optimizers", "states", "flat", "replanning"},
     {"parts", "storage", "files", "checkpoints", "epochs", "loops", "fitting"},

@@ -245,7 +245,7 @@ def test_streaming_is_never_slower_than_a_barrier(plan: Plan, data: st.DataObjec
 def test_a_queue_of_two_streams_at_the_rate_of_the_slowest_stage(plan: Plan, data: st.DataObject, batches: int):
     """After one pass to fill the lanes; a queue of one would add the next stage's forward to each batch."""
     cost = data.draw(costs(plan, transfers=False))
-    per_stage = [sum(cost.table[stage, op] for op in Op) for stage in range(len(plan.stages))]
+    per_stage = [sum(cost.table[stage, op] for op in Op if op is not Op.WEIGHT) for stage in range(len(plan.stages))]
     found = makespan(plan, Streaming(queue_depth=2), cost, batches)
     assert batches * max(per_stage) <= found <= batches * max(per_stage) + sum(per_stage)
 

@@ -2,7 +2,8 @@
 
 inline       in the caller's thread: the reference
 streams      one worker thread per lane, a CUDA stream each on GPUs
-distributed  one process per lane, started by torchrun on one or more machines
+distributed  one process per lane, started by torchrun on one or more machines; where every cut is coupled, in the
+             runtime of torch.distributed.pipelining
 """
 
 from collections.abc import Callable, Sequence

@@ -4,6 +4,8 @@ A rank runs its lane's actions in the caller's thread, one batch at a time, and 
 
     rank 0   ... F0 L0 B0 U0 F1 L1 B1 U1 F2 ...         the script feeds batches here
     rank 1         ... F0 L0 B0 U0 F1 L1 B1 U1 ...      train_step here takes the next one from rank 0
+
+Where every cut is coupled, the lane is walked in the runtime of torch.distributed.pipelining (`coupled`).
 """
 
 from __future__ import annotations
@@ -24,10 +26,11 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.utils import _pytree as pytree
 
 from autodecouple.errors import ClosedError, InputError
+from autodecouple.executors.coupled import Pipelining, suits
 from autodecouple.executors.executor import Recorder
 from autodecouple.executors.gloo import GlooLinks, LinkLostError
 from autodecouple.executors.job import Job
-from autodecouple.executors.lane import LaneRunner, neighbours
+from autodecouple.executors.lane import LaneRunner, in_order, neighbours
 from autodecouple.executors.peers import Peers
 from autodecouple.executors.ranks import ALONE, Ranks
 from autodecouple.executors.world import World
@@ -59,7 +62,8 @@ class Distributed:
         self._links = links = GlooLinks(world.group(), peers, program.schedule.queue_depth)
         self._peers = Peers(world, program, lambda: links.lose(None))
         feeder = None if world.rank == 0 else world.rank - 1
-        self._lane = LaneRunner(world.rank, stages, program, self._links, feeder, self._recorder)
+        walk = Pipelining() if suits(program.plan) else in_order
+        self._lane = LaneRunner(world.rank, stages, program, self._links, feeder, self._recorder, walk)
         writers = tuple(rank for rank, own in enumerate(self._lanes) for _ in own)
         store = PrefixStore("checkpoints", world.store.clone())
         self._ranks = Ranks(world.rank, world.size, writers, store, self._check, self._has_ended)

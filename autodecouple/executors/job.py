@@ -112,9 +112,13 @@ class Job:
         parcel = self.parcels.pop(("gradient", stage.index, micro_batch), None)
         gradients = queue.receive(parcel) if parcel is not None else None
         queue.keep(self.work[stage.index].passages[micro_batch].values)
-        sent = stage.backward(self.work[stage.index], micro_batch, gradients)
+        split = Action(stage.index, Op.WEIGHT, micro_batch) in self.program.lane_of
+        sent = stage.backward(self.work[stage.index], micro_batch, gradients, split=split)
         if sent is not None:
             self.parcels["gradient", stage.index - 1, micro_batch] = queue.send(sent)
+
+    def _weight(self, action: Action, stage: Stage, queue: Queue) -> None:
+        stage.weight(self.work[stage.index], _number(action))
 
     def _update(self, action: Action, stage: Stage, queue: Queue) -> None:
         self.losses[stage.index] = stage.update(self.work[stage.index], self.work[stage.loss_stage])
@@ -133,6 +137,7 @@ class Job:
         self.parcels.clear()
         for work in self.work:  # a caller may keep the step for its losses and output
             work.passages.clear()
+            work.rests.clear()
             work.before = None
         self.finished.set()
 
@@ -154,6 +159,7 @@ _PERFORM: dict[Op, Callable[[Job, Action, Stage, Queue], None]] = {
     Op.FORWARD: Job._forward,
     Op.LOSS: Job._loss,
     Op.BACKWARD: Job._backward,
+    Op.WEIGHT: Job._weight,
     Op.UPDATE: Job._update,
 }
 

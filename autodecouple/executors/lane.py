@@ -7,7 +7,9 @@ lane 1            +--> F0 L B U
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -42,6 +44,16 @@ class Links(Protocol):
         ...
 
 
+Walk = Callable[[Program, int, Callable[[Action], None]], None]
+"""Takes each action of a lane in its order: of (program, lane, what to do with an action)."""
+
+
+def in_order(program: Program, lane: int, act: Callable[[Action], None]) -> None:
+    """One action after the other."""
+    for action in program.lanes[lane]:
+        act(action)
+
+
 class LaneRunner:
     """Runs one lane's part of every batch, in the thread that calls.
 
@@ -49,7 +61,14 @@ class LaneRunner:
     """
 
     def __init__(
-        self, lane: int, stages: Sequence[Stage], program: Program, links: Links, feeder: int | None, recorder: Recorder
+        self,
+        lane: int,
+        stages: Sequence[Stage],
+        program: Program,
+        links: Links,
+        feeder: int | None,
+        recorder: Recorder,
+        walk: Walk = in_order,
     ) -> None:
         self.lane = lane
         self.plan: Plan = program.plan
@@ -59,6 +78,7 @@ class LaneRunner:
         self._links = links
         self._feeder = feeder
         self._recorder = recorder
+        self._walk = walk
         self._home = {action.stage: index for index, actions in enumerate(program.lanes) for action in actions}
         self._num_lanes = len(program.lanes)
         self._queues = make_queues(self.own)
@@ -80,18 +100,21 @@ class LaneRunner:
                 self.meet(job.index, f"begins batch {job.index}")
             if self._feeder is not None:
                 self._open(job, self._next(self._feeder, f"trains batch {job.index}"))
-            for action in job.program.lanes[self.lane]:
-                self._receive_for(job, action)
-                stage = self._stages[action.stage]
-                self._recorder.perform(job, action, stage, self._queues[stage.device], self.lane)
-                job.done.add(action)
-                self._send_after(job, action)
+            self._walk(job.program, self.lane, partial(self._act, job))
         except BaseException as error:
             job.discard(self.own, self._queues)
             job.error = error
             raise
         finally:
             job.ends = [queue.send(()) for queue in self._queues.values()]
+
+    def _act(self, job: Job, action: Action) -> None:
+        """Take one action, between what it needs of other lanes and what they need of it."""
+        self._receive_for(job, action)
+        stage = self._stages[action.stage]
+        self._recorder.perform(job, action, stage, self._queues[stage.device], self.lane)
+        job.done.add(action)
+        self._send_after(job, action)
 
     def synchronize(self) -> None:
         """Wait for the lane's devices."""
@@ -229,10 +252,14 @@ def neighbours(program: Program, lane: int) -> set[int]:
 
 
 def pairs(program: Program) -> set[tuple[int, int]]:
-    """From which lane to which one messages go: to the next, back for gradients and meetings, and far for signals."""
+    """From which lane to which one messages go.
+
+    To the next and back for meetings, to the next stage's and back for gradients, and far for signals.
+    """
     home = {action.stage: index for index, actions in enumerate(program.lanes) for action in actions}
     far = {(home[source], home[stage]) for source, stages in _signals(program.plan).items() for stage in stages}
     near = {(lane, lane + 1) for lane in range(len(program.lanes) - 1)}
+    near |= {(home[a], home[b]) for a, b in pairwise(sorted(home)) if home[a] != home[b]}
     return near | {(b, a) for a, b in near} | {(a, b) for a, b in far if a != b}
 
 

@@ -5,8 +5,11 @@
     barrier        streaming with a barrier after every batch, as SCPL was published
     micro_batched  streaming in micro-batches with the loss over the whole batch (SCPL+GPipe)
     gpipe, 1f1b    the two classical schedules of coupled stages
+    interleaved    1f1b on lanes that hold several stages in turn
+    zero_bubble    the same with each backward in two, so that weights' gradients fill the gaps
 
-Any callable value with the same three fields is a schedule too; `Program` checks the lanes that it makes.
+Any callable value with the same three fields is a schedule too; `Program` checks the lanes that it makes. One that needs
+its stages on other lanes than the plan's has a method `place`, from a plan to a plan.
 """
 
 from __future__ import annotations
@@ -15,13 +18,16 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from autodecouple.errors import ScheduleError
+from autodecouple.plans import Plan
 from autodecouple.schedules.actions import Action, Lane, Op, Schedule, dependencies, dependencies_across
 from autodecouple.schedules.gpipe import GPipe
+from autodecouple.schedules.interleaved import Interleaved
 from autodecouple.schedules.micro_batched import MicroBatched
 from autodecouple.schedules.one_f_one_b import OneFOneB
 from autodecouple.schedules.program import Program, check, order
 from autodecouple.schedules.sequential import Sequential
 from autodecouple.schedules.streaming import Streaming
+from autodecouple.schedules.zero_bubble import ZeroBubble
 
 SCHEDULES: Mapping[str, Schedule] = MappingProxyType(
     {
@@ -31,6 +37,8 @@ SCHEDULES: Mapping[str, Schedule] = MappingProxyType(
         "micro_batched": MicroBatched(),
         "gpipe": GPipe(),
         "1f1b": OneFOneB(),
+        "interleaved": Interleaved(),
+        "zero_bubble": ZeroBubble(),
     }
 )
 """The schedules that have a name, with their default fields."""
@@ -49,10 +57,17 @@ def resolve(schedule: str | Schedule) -> Schedule:
     return schedule
 
 
+def placed(plan: Plan, schedule: Schedule) -> Plan:
+    """The plan with its stages on the lanes that the schedule wants them on: mostly those that they are on."""
+    place = getattr(schedule, "place", None)
+    return plan if place is None else place(plan)  # type: ignore[no-any-return]
+
+
 __all__ = [
     "SCHEDULES",
     "Action",
     "GPipe",
+    "Interleaved",
     "Lane",
     "MicroBatched",
     "OneFOneB",
@@ -61,9 +76,11 @@ __all__ = [
     "Schedule",
     "Sequential",
     "Streaming",
+    "ZeroBubble",
     "check",
     "dependencies",
     "dependencies_across",
     "order",
+    "placed",
     "resolve",
 ]

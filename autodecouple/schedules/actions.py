@@ -2,9 +2,11 @@
 
     2F0   stage 2, FORWARD of micro-batch 0        2L   stage 2, LOSS of the whole batch
     2B0   stage 2, BACKWARD of micro-batch 0       2U   stage 2, UPDATE of its parameters
+    2W0   stage 2, gradients of its WEIGHTs by micro-batch 0, where 2B0 leaves them for later
 
 LOSS stands alone because batch-wise losses (SupCon, DeInfoReg) need the features of the whole batch. It includes the
-head's own backward, down to the gradient of the features; BACKWARD carries that through the stage.
+head's own backward, down to the gradient of the features; BACKWARD carries that through the stage: to its inputs and
+weights, or, of a micro-batch that has a WEIGHT in the lanes, to its inputs only, for which the stage before waits.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ class Op(StrEnum):
     FORWARD = "F"
     LOSS = "L"
     BACKWARD = "B"
+    WEIGHT = "W"
     UPDATE = "U"
 
 
@@ -37,9 +40,9 @@ class Action:
     @staticmethod
     def parse(text: str) -> Action:
         """Read the printed form: `Action.parse("2F0")`."""
-        match = re.fullmatch(r"(\d+)([FLBU])(\d*)", text)
+        match = re.fullmatch(r"(\d+)([FLBWU])(\d*)", text)
         if match is None:
-            raise ScheduleError(f"{text!r} is not an action; actions look like 2F0, 2L, 2B0, 2U")
+            raise ScheduleError(f"{text!r} is not an action; actions look like 2F0, 2L, 2B0, 2W0, 2U")
         stage, op, micro_batch = match.groups()
         return Action(int(stage), Op(op), int(micro_batch) if micro_batch else None)
 
@@ -96,8 +99,10 @@ def dependencies(action: Action, plan: Plan) -> tuple[Action, ...]:
             return (Action(stage, Op.FORWARD, micro_batch), Action(stage + 1, Op.BACKWARD, micro_batch))
         case Op.BACKWARD:
             return (Action(stage, Op.LOSS, micro_batch),)
+        case Op.WEIGHT:
+            return (Action(stage, Op.BACKWARD, micro_batch),)
         case Op.UPDATE:
-            return (Action(stage, Op.BACKWARD),)
+            return (Action(stage, Op.BACKWARD), Action(stage, Op.WEIGHT))
 
 
 def dependencies_across(action: Action, plan: Plan, schedule: Schedule) -> tuple[tuple[Action, int], ...]:

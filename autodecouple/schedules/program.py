@@ -111,16 +111,18 @@ def _check_whole(lanes: tuple[Lane, ...], plan: Plan) -> None:
         raise ScheduleError(f"{twice[0]} stands {counts[twice[0]]} times in the lanes, expected once")
     if foreign := sorted(map(str, counts.keys() - needed)):
         raise ScheduleError(
-            f"{foreign[0]} has no place here: a plan of {len(plan.stages)} stages needs F and B of each micro-batch, "
-            "one U per stage, and L (of the batch or of each micro-batch) on stages that no gradient comes back to"
+            f"{foreign[0]} has no place here: a plan of {len(plan.stages)} stages needs F and B of each micro-batch "
+            "(and W of all or none), one U per stage, and L (of the batch or of each micro-batch) on stages that no gradient comes back to"
         )
 
 
 def _needed(plan: Plan, num_micro_batches: int, present: Mapping[Action, int]) -> Iterator[Action]:
-    """Every action that a batch takes; a loss is per micro-batch where the lanes hold one such."""
+    """Every action that a batch takes; a loss is per micro-batch, and weights apart, where the lanes hold one such."""
     slices = range(num_micro_batches)
     for stage in range(len(plan.stages)):
         yield from (Action(stage, op, m) for op in (Op.FORWARD, Op.BACKWARD) for m in slices)
+        if any(Action(stage, Op.WEIGHT, m) in present for m in slices):
+            yield from (Action(stage, Op.WEIGHT, m) for m in slices)
         yield Action(stage, Op.UPDATE)
         if not plan.coupled_after(stage):
             split = any(Action(stage, Op.LOSS, m) in present for m in slices)

@@ -22,6 +22,7 @@ _SHADES = {
     Op.FORWARD: ("#ffffff", 0.45, "#1f2328"),
     Op.LOSS: ("#ffc83d", 0.85, "#1f2328"),
     Op.BACKWARD: ("#ffffff", 0.0, "#ffffff"),
+    Op.WEIGHT: ("#000000", 0.2, "#ffffff"),
     Op.UPDATE: ("#000000", 0.45, "#ffffff"),
 }
 
@@ -65,7 +66,8 @@ def _title(canvas: Canvas, timeline: Timeline, num_drawn: int) -> None:
         x = _legend(canvas, x, stage_color(stage), f"stage {stage}")
     x = max(x + 16, _LEFT + _PLOT - 300)
     for op, (other, share, _) in _SHADES.items():
-        x = _legend(canvas, x, mix("#6b7480", other, share), op.name.lower())
+        if op is not Op.WEIGHT or any(span.action.op is op for span in timeline.spans):
+            x = _legend(canvas, x, mix("#6b7480", other, share), op.name.lower())
 
 
 def _legend(canvas: Canvas, x: float, color: str, label: str) -> float:

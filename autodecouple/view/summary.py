@@ -198,9 +198,10 @@ def _lanes(timeline: Timeline) -> Table:
 
 def _medians(timeline: Timeline) -> Table:
     seconds = timeline.seconds()
-    columns = (Column("stage", True), *(Column(op.name.lower(), True) for op in Op))
+    ops = [op for op in Op if op is not Op.WEIGHT or any(key[1] is op for key in seconds)]
+    columns = (Column("stage", True), *(Column(op.name.lower(), True) for op in ops))
     rows = tuple(
-        (str(stage), *(units.duration(seconds[stage, op]) if (stage, op) in seconds else "" for op in Op))
+        (str(stage), *(units.duration(seconds[stage, op]) if (stage, op) in seconds else "" for op in ops))
         for stage in sorted({stage for stage, _ in seconds})
     )
     return Table("median time of each stage's actions", columns, rows)

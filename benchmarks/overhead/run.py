@@ -25,7 +25,6 @@ from torch import nn
 
 import autodecouple
 import plain
-from autodecouple.schedules import Op
 from tools import networks
 from tools import rounds as turns
 from tools.networks import Batch, Network
@@ -82,7 +81,7 @@ def measure(network: Network, args: argparse.Namespace) -> dict[str, Any]:
         count = max(1, round(args.seconds / slowest))
         rounds = [{way: seconds(t, count, clock) / count for way, t in ways.items()} for _ in range(args.rounds)]
         apart = difference(*(found.model for found in made.values()))
-        actions = sum(len(lane) for lane in made["inline"].plan.lanes) * len(Op)
+        actions = sum(len(lane) for lane in made["inline"].plan.lanes) * 4  # forward, loss, backward, update
         if args.profile:
             profile(ways["inline"], count)
     return summary(rounds, actions) | {"apart": apart, "batches": count, "seconds_per_batch": rounds}

@@ -20,10 +20,14 @@ Seconds = Mapping[tuple[int, Op], float]
 
 
 def seconds_per_batch(timeline: Timeline) -> Seconds:
-    """Median seconds that a batch takes of each stage's forward, loss, backward and update, micro-batches together."""
+    """Median seconds that a batch takes of each stage's forward, loss, backward and update, micro-batches together.
+
+    A backward that was split in two counts as one.
+    """
     sums: defaultdict[tuple[int, Op], defaultdict[int, float]] = defaultdict(lambda: defaultdict(float))
     for span in timeline.spans:
-        sums[span.action.stage, span.action.op][span.batch] += span.seconds
+        op = Op.BACKWARD if span.action.op is Op.WEIGHT else span.action.op
+        sums[span.action.stage, op][span.batch] += span.seconds
     return {key: statistics.median(batches.values()) for key, batches in sums.items()}
 
 
