@@ -38,7 +38,8 @@ class Decoupled:
 
     Under torchrun every rank trains its own stages: `train_step` takes inputs on rank 0 only, a step knows the losses
     of the rank's stages, and on the last rank the output. All that waits for batches or reads the model is collective:
-    call it on every rank, at the same places; `save` then writes on rank 0.
+    call it on every rank, at the same places; `save` then writes on rank 0. With data_parallel= the first rank of each
+    replica takes inputs, a shard of the global batch, and the losses are those of the global batch.
     """
 
     def __init__(self, model: nn.Module | Graph, options: Options) -> None:
@@ -232,7 +233,7 @@ class Decoupled:
         `close` waits for it, and raises CheckpointError if it could not be written
         """
         self._gather()
-        if self._compiled.executor.feeds:
+        if self._compiled.executor.leads:
             self._writer.save(states.collect(self._compiled, self._next_batch), Path(path).resolve(), background)
         self._drain()  # no rank reads the folder before it is there
 

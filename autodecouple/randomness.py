@@ -6,6 +6,7 @@ The CPU generator is one per process: stage threads would race for it. So each d
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import threading
 from dataclasses import dataclass
@@ -15,29 +16,57 @@ import torch
 from torch.nn import functional
 from torch.utils import _pytree as pytree
 
+from autodecouple.errors import InputError
+from autodecouple.shards import Piece, Shard, row_sizes
+
 _default_generator = threading.RLock()
 
 
 @dataclass(frozen=True, slots=True)
 class Randomness:
-    """The key of one micro-batch's random numbers; seed None draws from torch's default generator instead."""
+    """The key of one micro-batch's random numbers; seed None draws from torch's default generator instead.
+
+    shard: where the batch is part of a global one, whose masks are drawn: every replica takes its own rows of them
+    """
 
     seed: int | None
     batch: int = 0
     micro_batch: int = 0
+    shard: Shard | None = None
 
     def key(self, node: str) -> int:
         """63 bits, the same on every machine."""
         text = f"{self.seed}/{node}/{self.batch}/{self.micro_batch}".encode()
         return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
-    def dropout(self, x: torch.Tensor, p: float, node: str) -> torch.Tensor:
-        """`x` with each element zeroed with probability p, the others scaled by 1 / (1 - p)."""
+    def dropout(self, x: torch.Tensor, p: float, node: str, rows: int | None = 0) -> torch.Tensor:
+        """`x` with each element zeroed with probability p, the others scaled by 1 / (1 - p).
+
+        rows: the dimension of the batch, None where there is none; folded with others, the batch comes first
+        """
         if self.seed is None:
             return functional.dropout(x, p)
         if p >= 1:
             return x * 0
-        return masked(x, p, torch.Generator(x.device).manual_seed(self.key(node)))
+        if self.shard is None or rows is None:
+            return masked(x, p, torch.Generator(x.device).manual_seed(self.key(node)))
+        parts = [self._part(x, p, node, rows, piece) for piece in self.shard.pieces(self.micro_batch)]
+        return behind(x, torch.cat(parts, rows) if len(parts) > 1 else parts[0], p)
+
+    def _part(self, x: torch.Tensor, p: float, node: str, rows: int, piece: Piece) -> torch.Tensor:
+        """The rows of `piece` in the mask that one process with the whole global batch draws."""
+        assert self.shard is not None
+        own = row_sizes(self.shard.rows[self.shard.replica], self.shard.count)[self.micro_batch]
+        fold, odd = divmod(x.shape[rows], own)
+        if odd:
+            raise InputError(
+                f"dropout {node!r} has {x.shape[rows]} rows for a batch of {own}: its mask cannot be shared among"
+                " replicas (data_parallel=)"
+            )
+        key = dataclasses.replace(self, micro_batch=piece.micro_batch).key(node)
+        whole = _empty_mask(x, rows, piece.size * fold)
+        whole.bernoulli_(1 - p, generator=torch.Generator(x.device).manual_seed(key))
+        return whole.narrow(rows, piece.start * fold, piece.rows * fold)
 
     def attention(
         self,
@@ -51,6 +80,7 @@ class Randomness:
         *,
         scale: float | None = None,
         enable_gqa: bool = False,
+        rows: int | None = 0,
     ) -> torch.Tensor:
         """Scaled dot-product attention (..., T, D) with dropout on its weights.
 
@@ -60,7 +90,8 @@ class Randomness:
         operation = torch.ops.aten.scaled_dot_product_attention.default
         options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
         if self.seed is None or query.device.type != "cpu":
-            out: torch.Tensor = self.seeded(operation, node, query, key, value, mask, dropout, is_causal, **options)
+            arguments = (query, key, value, mask, dropout, is_causal)
+            out: torch.Tensor = self.seeded_rows(operation, node, *arguments, **options)
             return out
         if enable_gqa:
             repeats = query.shape[-3] // key.shape[-3]
@@ -75,7 +106,16 @@ class Randomness:
         # a row that may look at nothing gives zeros, as in the fused kernels, and a gradient of zero
         blind = (weights == -torch.inf).all(-1, keepdim=True)
         weights = weights.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
-        return self.dropout(weights, dropout, node) @ value
+        return self.dropout(weights, dropout, node, rows) @ value
+
+    def seeded_rows(self, operation: Any, node: str, *args: Any, **kwargs: Any) -> Any:
+        """The same as `seeded` for numbers that differ from row to row: replicas draw other ones, each its own.
+
+        What a kernel draws for the rows of other replicas cannot be asked for, so these are not those that one process
+        draws for the global batch.
+        """
+        name = node if self.shard is None else f"{node}/replica {self.shard.replica}"
+        return self.seeded(operation, name, *args, **kwargs)
 
     def seeded(self, operation: Any, node: str, *args: Any, **kwargs: Any) -> Any:
         """Run an operation that draws inside its kernel, from the default generator, seeded for this one call.
@@ -96,8 +136,18 @@ class Randomness:
 
 def masked(x: torch.Tensor, p: float, generator: torch.Generator | None = None) -> torch.Tensor:
     """`x` behind a mask from the generator; for the backward it keeps one byte per element."""
-    mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p, generator=generator)
+    return behind(x, torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p, generator=generator), p)
+
+
+def behind(x: torch.Tensor, mask: torch.Tensor, p: float) -> torch.Tensor:
     return (x * mask).div_(1 - p)
+
+
+def _empty_mask(x: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+    """A mask like `x` with another size along one dimension, and its dimensions in memory in the same order."""
+    order = sorted(range(x.ndim), key=lambda d: (-x.stride(d), d))
+    sizes = [size if d == dim else x.shape[d] for d in order]
+    return torch.empty(sizes, dtype=torch.bool, device=x.device).permute([order.index(d) for d in range(x.ndim)])
 
 
 def _generator_for(args: Any, kwargs: Any) -> torch.Generator:

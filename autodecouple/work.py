@@ -37,9 +37,13 @@ class Before:
 
 @dataclass
 class Work:
-    """What a stage holds of one batch between its forward and its update; `sizes` are the micro-batches' rows."""
+    """What a stage holds of one batch between its forward and its update.
+
+    sizes: the micro-batches' rows; share: of the global batch, where replicas train on the rest of it
+    """
 
     sizes: Sequence[int]
+    share: float = 1.0
     before: Before | None = None
     passages: dict[int, Passage] = field(default_factory=dict)
     losses: list[torch.Tensor] = field(default_factory=list)

@@ -20,10 +20,14 @@ class Executor(Protocol):
     """Runs jobs through the stages in the order of a schedule.
 
     feeds: whether the batches' inputs come from this process; elsewhere a job has none
+    leads: whether this process is the one that writes checkpoints
     """
 
     @property
     def feeds(self) -> bool: ...
+
+    @property
+    def leads(self) -> bool: ...
 
     @property
     def timeline(self) -> Timeline: ...
@@ -53,6 +57,7 @@ class Local:
     """What is the same for every executor whose stages are trained in this process."""
 
     feeds = True
+    leads = True
 
     def gather(self) -> None:
         return None

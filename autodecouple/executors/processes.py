@@ -37,6 +37,7 @@ class Processes:
     """
 
     feeds = True
+    leads = True
 
     def __init__(self, stages: Sequence[Stage], program: Program, num_threads: int) -> None:
         _check_possible(stages)
