@@ -144,8 +144,11 @@ def behind(x: torch.Tensor, mask: torch.Tensor, p: float) -> torch.Tensor:
 
 
 def _empty_mask(x: torch.Tensor, dim: int, size: int) -> torch.Tensor:
-    """A mask like `x` with another size along one dimension, and its dimensions in memory in the same order."""
-    order = sorted(range(x.ndim), key=lambda d: (-x.stride(d), d))
+    """A mask like `x` with another size along one dimension, and its dimensions in memory in the same order.
+
+    Of two with the same stride the one of size 1 lies inside: outside, its stride would be the other's whole length.
+    """
+    order = sorted(range(x.ndim), key=lambda d: (-x.stride(d), -x.shape[d]))
     sizes = [size if d == dim else x.shape[d] for d in order]
     return torch.empty(sizes, dtype=torch.bool, device=x.device).permute([order.index(d) for d in range(x.ndim)])
 

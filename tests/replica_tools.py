@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,18 +121,20 @@ def parts(total: int, count: int) -> tuple[int, ...]:
     return tuple(total // count + (index < total % count) for index in range(count))
 
 
-def assert_close(found: Any, expected: Any, tolerance: float) -> None:
-    """Numbers and tensors as near to each other as that, in all parts of nested values."""
-    a, b = (torch.utils._pytree.tree_flatten(value) for value in (found, expected))
-    assert a[1] == b[1]
-    for x, y in itertools.zip_longest(a[0], b[0]):
-        if isinstance(x, (Tensor, float)):
-            x, y = torch.as_tensor(x), torch.as_tensor(y)
-            if x.is_floating_point():
-                torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
-                continue
-            x, y = x.tolist(), y.tolist()
-        assert x == y
+def assert_close(found: Any, expected: Any, tolerance: float, where: str = "") -> None:
+    """Floating point numbers as near to each other as that, in all parts of nested values; all else is equal."""
+    if isinstance(expected, Mapping):
+        assert set(found) == set(expected), where
+        for key in expected:
+            assert_close(found[key], expected[key], tolerance, f"{where}.{key}")
+    elif isinstance(expected, (list, tuple)):
+        assert len(found) == len(expected), where
+        for index, (x, y) in enumerate(zip(found, expected, strict=True)):
+            assert_close(x, y, tolerance, f"{where}[{index}]")
+    elif isinstance(expected, Tensor):
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, msg=lambda text: f"{where}: {text}")
+    else:
+        assert found == expected, where
 
 
 __all__ = [
