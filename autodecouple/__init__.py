@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from autodecouple.devices import Device
     from autodecouple.objectives import DeInfoReg, EarlyExit, SupCon
     from autodecouple.plans import Plan
+    from autodecouple.replication import DataParallel
     from autodecouple.timeline import Timeline
 
 __all__ = [
+    "DataParallel",
     "DeInfoReg",
     "Decoupled",
     "Device",
@@ -41,6 +43,7 @@ _HOMES = {
     "devices": ("Device",),
     "objectives": ("DeInfoReg", "EarlyExit", "SupCon"),
     "plans": ("Plan",),
+    "replication": ("DataParallel",),
     "timeline": ("Timeline",),
 }
 

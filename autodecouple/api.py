@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from autodecouple import schedules, simulator
@@ -29,6 +30,7 @@ from autodecouple.passes.capturing.tied import untied
 from autodecouple.passes.measuring.updates import MakeOptimizer
 from autodecouple.pipeline import decide, note_untied, prepare, with_target
 from autodecouple.plans import Plan
+from autodecouple.replication import DataParallel
 from autodecouple.schedules import Schedule
 from autodecouple.stage import Training
 from autodecouple.timeline import Timeline
@@ -65,6 +67,7 @@ def compile(
     accumulate: int = 1,
     on_nonfinite: str = "raise",
     executor: str | None = None,
+    data_parallel: int | DeviceMesh | DataParallel = 1,
     seed: int = 0,
 ) -> Decoupled:
     """Cut an unmodified model into stages that train on local losses, and run them as a pipeline.
@@ -93,14 +96,17 @@ def compile(
     clip_grad_norm: per stage; accumulate: batches per update; on_nonfinite: "raise", "skip" or "ignore"
     executor:       "streams" (a thread per lane), "processes" (forked, one per CPU lane), "distributed" (torchrun)
                     or "inline"; None is inline for the sequential schedule, distributed under torchrun, else streams
+    data_parallel:  processes per lane, each with rows of its own; a DeviceMesh ("pipeline", "data"); or a DataParallel,
+                    which can compare the rows of all of them in the local losses
     seed:           of the heads' weights and of every dropout mask
     Raises an AutodecoupleError that says what does not fit, before anything is trained.
     """
     executor = choose_executor(executor, schedules.resolve(schedule))
+    data = DataParallel.resolve(data_parallel)
     wish = Wish.checked(
         n_stages,
         loss,
-        choose_devices(devices, executor),
+        choose_devices(devices, executor, data),
         cost=cost,
         cut_at=cut_at,
         memory_limit=memory_limit,
@@ -110,7 +116,7 @@ def compile(
         recompute=recompute,
         optimizer=optimizer,
     )
-    training = Training(optimizer, scheduler, clip_grad_norm, accumulate, on_nonfinite, wish.recompute)
+    training = Training(optimizer, scheduler, clip_grad_norm, accumulate, on_nonfinite, wish.recompute, data)
     training = check_training(training)
     capturing = Capturing(mode, tuple(dynamic), tied)
     options = Options.checked(capturing, wish, training, criterion, schedule, executor, seed)

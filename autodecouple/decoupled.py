@@ -41,7 +41,8 @@ class Decoupled:
 
     Under torchrun every rank trains its own stages: `train_step` takes inputs on rank 0 only, a step knows the losses
     of the rank's stages, and on the last rank the output. All that waits for batches or reads the model is collective:
-    call it on every rank, at the same places.
+    call it on every rank, at the same places. With data_parallel= the first rank of each replica takes inputs, a shard
+    of the global batch, and the losses are those of the global batch.
     """
 
     def __init__(self, model: nn.Module | Graph, options: Options) -> None:
@@ -250,7 +251,7 @@ class Decoupled:
         pipeline, ranks = self._compiled, self._compiled.executor.ranks
         if ranks.size == 1:
             self._gather()
-        if ranks.size > 1 or pipeline.executor.feeds:
+        if ranks.size > 1 or pipeline.executor.leads:
             state = states.collect(pipeline, self._next_batch) | ({"loops": {ranks.rank: loop}} if loop else {})
             self._writer.save(part_of(flatten(state), pipeline, ranks), Path(path).resolve(), background, ranks)
 

@@ -19,6 +19,7 @@ from autodecouple.passes.measuring.updates import MakeOptimizer
 from autodecouple.passes.partition import check_n_stages
 from autodecouple.passes.place import check_lane, default_devices
 from autodecouple.plans import Plan
+from autodecouple.replication import DataParallel
 from autodecouple.schedules import Schedule, Sequential
 from autodecouple.stage import Training
 
@@ -147,9 +148,14 @@ def choose_executor(executor: str | None, schedule: Schedule) -> str:
     return "distributed" if world_size() > 1 else "streams"
 
 
-def choose_devices(devices: Sequence[Any] | None, executor: str) -> Sequence[Any] | None:
+def choose_devices(devices: Sequence[Any] | None, executor: str, data: DataParallel) -> Sequence[Any] | None:
     """One lane per process where processes train, unless lanes are named."""
-    return one_lane_per_rank() if devices is None and executor == "distributed" else devices
+    if data.replicas > 1 and executor != "distributed":
+        raise InputError(
+            f"data_parallel={data.replicas} needs a process for every lane and replica, but executor={executor!r} is"
+            " one process: start the script with torchrun (or, in one process, take a larger batch)"
+        )
+    return one_lane_per_rank(data) if devices is None and executor == "distributed" else devices
 
 
 def check_training(training: Training) -> Training:

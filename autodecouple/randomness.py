@@ -6,8 +6,11 @@ The CPU generator is one per process: stage threads would race for it. So each d
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import math
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,29 +18,57 @@ import torch
 from torch.nn import functional
 from torch.utils import _pytree as pytree
 
+from autodecouple.errors import InputError
+from autodecouple.shards import Piece, Shard, row_sizes
+
 _default_generator = threading.RLock()
 
 
 @dataclass(frozen=True, slots=True)
 class Randomness:
-    """The key of one micro-batch's random numbers; seed None draws from torch's default generator instead."""
+    """The key of one micro-batch's random numbers; seed None draws from torch's default generator instead.
+
+    shard: where the batch is part of a global one, whose masks are drawn: every replica takes its own rows of them
+    """
 
     seed: int | None
     batch: int = 0
     micro_batch: int = 0
+    shard: Shard | None = None
 
     def key(self, node: str) -> int:
         """63 bits, the same on every machine."""
         text = f"{self.seed}/{node}/{self.batch}/{self.micro_batch}".encode()
         return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
-    def dropout(self, x: torch.Tensor, p: float, node: str) -> torch.Tensor:
-        """`x` with each element zeroed with probability p, the others scaled by 1 / (1 - p)."""
+    def dropout(self, x: torch.Tensor, p: float, node: str, rows: int | None = 0) -> torch.Tensor:
+        """`x` with each element zeroed with probability p, the others scaled by 1 / (1 - p).
+
+        rows: the dimension of the batch, None where there is none; folded with others, the batch comes first
+        """
         if self.seed is None:
             return functional.dropout(x, p)
         if p >= 1:
             return x * 0
-        return masked(x, p, torch.Generator(x.device).manual_seed(self.key(node)))
+        if self.shard is None or rows is None or p == 0:
+            return masked(x, p, torch.Generator(x.device).manual_seed(self.key(node)))
+        parts = [self._part(x, p, node, rows, piece) for piece in self.shard.pieces(self.micro_batch)]
+        return behind(x, torch.cat(parts, rows) if len(parts) > 1 else parts[0], p)
+
+    def _part(self, x: torch.Tensor, p: float, node: str, rows: int, piece: Piece) -> torch.Tensor:
+        """The rows of `piece` in the mask that one process with the whole global batch draws."""
+        assert self.shard is not None
+        own = row_sizes(self.shard.rows[self.shard.replica], self.shard.count)[self.micro_batch]
+        fold, odd = divmod(x.shape[rows], own)
+        if odd:
+            raise InputError(
+                f"dropout {node!r} has {x.shape[rows]} rows for a batch of {own}: its mask cannot be shared among"
+                " replicas (data_parallel=)"
+            )
+        key = dataclasses.replace(self, micro_batch=piece.micro_batch).key(node)
+        sizes = [piece.size * fold if dim == rows else size for dim, size in enumerate(x.shape)]
+        whole = draw_mask(sizes, p, x.device, torch.Generator(x.device).manual_seed(key))
+        return whole.narrow(rows, piece.start * fold, piece.rows * fold)
 
     def attention(
         self,
@@ -51,6 +82,7 @@ class Randomness:
         *,
         scale: float | None = None,
         enable_gqa: bool = False,
+        rows: int | None = 0,
     ) -> torch.Tensor:
         """Scaled dot-product attention (..., T, D) with dropout on its weights.
 
@@ -60,7 +92,8 @@ class Randomness:
         operation = torch.ops.aten.scaled_dot_product_attention.default
         options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
         if self.seed is None or query.device.type != "cpu":
-            out: torch.Tensor = self.seeded(operation, node, query, key, value, mask, dropout, is_causal, **options)
+            arguments = (query, key, value, mask, dropout, is_causal)
+            out: torch.Tensor = self.seeded_rows(operation, node, *arguments, **options)
             return out
         if enable_gqa:
             repeats = query.shape[-3] // key.shape[-3]
@@ -78,7 +111,16 @@ class Randomness:
         else:
             blind = (mask == -torch.inf).all(-1, keepdim=True)
             weights = weights + mask.masked_fill(blind, 0.0)
-        return (self.dropout(weights.softmax(-1), dropout, node) @ value).masked_fill(blind, 0.0)
+        return (self.dropout(weights.softmax(-1), dropout, node, rows) @ value).masked_fill(blind, 0.0)
+
+    def seeded_rows(self, operation: Any, node: str, *args: Any, **kwargs: Any) -> Any:
+        """The same as `seeded` for numbers that differ from row to row: replicas draw other ones, each its own.
+
+        What a kernel draws for the rows of other replicas cannot be asked for, so these are not those that one process
+        draws for the global batch.
+        """
+        name = node if self.shard is None else f"{node}/replica {self.shard.replica}"
+        return self.seeded(operation, name, *args, **kwargs)
 
     def seeded(self, operation: Any, node: str, *args: Any, **kwargs: Any) -> Any:
         """Run an operation that draws inside its kernel, from the default generator, seeded for this one call.
@@ -98,31 +140,37 @@ class Randomness:
 
 
 def masked(x: torch.Tensor, p: float, generator: torch.Generator | None = None) -> torch.Tensor:
-    """`x` behind a mask from the generator; for the backward it keeps one byte per element.
-
-    p: above 0 it is taken to the next multiple of 2**-16, which each element is kept or dropped by
-    """
-    if p == 0:
-        return x
-    kept = min(max(1, round((1 - p) * STEPS)), STEPS - 1)
-    mask = _draw(x, kept, generator)
-    found: torch.Tensor = _Masked.apply(x, mask, STEPS / kept)  # type: ignore[no-untyped-call]
-    return found
+    """`x` behind a mask from the generator; for the backward it keeps one byte per element."""
+    return x if p == 0 else behind(x, draw_mask(x.shape, p, x.device, generator), p)
 
 
 STEPS = 2**16
+"""Into so many the probability is divided: above 0 it is taken to the next of them, below 1 to the last."""
 
 
-def _draw(x: torch.Tensor, kept: int, generator: torch.Generator | None) -> torch.Tensor:
-    """A bool for every element of `x`, True with probability kept / STEPS.
+def _kept(p: float) -> int:
+    return min(max(1, round((1 - p) * STEPS)), STEPS - 1)
+
+
+def draw_mask(
+    shape: Sequence[int], p: float, device: torch.device, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """False with probability p, in the order of the indices.
 
     The generator of the CPU is slow, and gives 64 bits at a time: enough for four elements.
     """
-    if x.device.type != "cpu":
-        return torch.empty_like(x, dtype=torch.bool).bernoulli_(kept / STEPS, generator=generator)
-    count = x.numel()
+    if device.type != "cpu":
+        mask = torch.empty(shape, dtype=torch.bool, device=device)
+        return mask.bernoulli_(_kept(p) / STEPS, generator=generator)
+    count = math.prod(shape)
     words = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
-    return (words.view(torch.int16)[:count] < kept - STEPS // 2).view(x.shape)
+    return (words.view(torch.int16)[:count] < _kept(p) - STEPS // 2).view(shape)
+
+
+def behind(x: torch.Tensor, mask: torch.Tensor, p: float) -> torch.Tensor:
+    """`x` where the mask is True, scaled as if it had been drawn with p, else 0."""
+    found: torch.Tensor = _Masked.apply(x, mask, STEPS / _kept(p))  # type: ignore[no-untyped-call]
+    return found
 
 
 class _Masked(torch.autograd.Function):

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from autodecouple.objectives.heads import full_precision
 from autodecouple.passes.codegen import StageCode
 from autodecouple.plans import Plan
 from autodecouple.randomness import Randomness
+from autodecouple.replication import DataParallel
 from autodecouple.work import Before, Flag, Passage, Values, Work
 
 
@@ -32,6 +33,7 @@ class Training:
     accumulate:     batches per update; their gradients are averaged
     on_nonfinite:   "raise", "skip" (leave the batch out, on this stage) or "ignore"
     recompute:      keep what a stage was sent and gives, and run its forward again for its backward
+    data_parallel:  in how many processes
     """
 
     optimizer: Callable[[list[nn.Parameter]], Optimizer]
@@ -40,6 +42,17 @@ class Training:
     accumulate: int = 1
     on_nonfinite: str = "raise"
     recompute: bool = False
+    data_parallel: DataParallel = DataParallel()
+
+
+class Replicas(Protocol):
+    """The other processes that train a stage; `share` is how much of the global batch's rows is here."""
+
+    share: float
+
+    def unite(self, parameters: Sequence[nn.Parameter], work: Work, judge: Work) -> None:
+        """Let gradients, and the losses in `judge`, be those of the global batch."""
+        ...
 
 
 class Stage:
@@ -58,6 +71,7 @@ class Stage:
         self.buffers: list[torch.Tensor] = []
         self.skipped = 0
         self.pending = 0  # batches since the last update
+        self.replicas: Replicas | None = None  # other processes that train this stage on rows of their own
         self.place(torch.device(plan.stages[index].device))
         self.parameters = _trainable(code)
         self.optimizer = training.optimizer(self.parameters) if self.parameters else None
@@ -132,6 +146,8 @@ class Stage:
         Returns the signal that the head passes on.
         """
         assert self.code.head is not None
+        if self.replicas is not None:
+            self.replicas.share = work.share
         chosen = sorted(work.passages) if micro_batch is None else [micro_batch]
         passages = [work.passages[m] for m in chosen]
         leaves = {name: self._join(name, passages) for name in self._read}
@@ -190,6 +206,8 @@ class Stage:
 
         judge: the work of `loss_stage`. Where its loss is not finite nothing is updated.
         """
+        if self.replicas is not None:
+            self.replicas.unite(self.parameters, work, judge)
         if self.training.on_nonfinite != "ignore" and not all(flag.is_set() for flag in judge.finite):
             self.discard(work)
             if self.training.on_nonfinite == "raise":

@@ -44,12 +44,14 @@ class Before:
 
 @dataclass
 class Work:
-    """What a stage holds of one batch between its forward and its update; `sizes` are the micro-batches' rows.
+    """What a stage holds of one batch between its forward and its update.
 
+    sizes: the micro-batches' rows; share: of the global batch, where replicas train on the rest of it
     rests: what is left to do for the weights' gradients, of micro-batches whose backward was split
     """
 
     sizes: Sequence[int]
+    share: float = 1.0
     before: Before | None = None
     passages: dict[int, Passage] = field(default_factory=dict)
     rests: dict[int, Callable[[], None]] = field(default_factory=dict)

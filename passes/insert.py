@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from autodecouple.graph import LEAF, Graph, attribute, operations
+from autodecouple.graph import LEAF, Graph, attribute, is_free, operations
 from autodecouple.passes.capturing.autocast import call_method, called
 from autodecouple.passes.capturing.vmaps import BODIES
 from autodecouple.plans import Cut, Plan
@@ -211,16 +211,40 @@ def _criterion(work: fx.Graph, index: int, signal: fx.Node) -> fx.Node:
 
 def key_randomness(work: fx.Graph, randomness: fx.Node) -> None:
     """Let every operation that draws random numbers draw keyed ones."""
+    symbols = batch_symbols(work)
     for node in operations(work):
         if not draws(node):
             continue
         operation, args = (node.args[0], node.args[1:]) if LEAF in node.meta else called(node)
+        dim = _rows_dim(node, symbols)
         if operation is aten.dropout.default:
-            call_method(node, "dropout", (randomness, *args[:2], node.name))
+            call_method(node, "dropout", (randomness, *args[:2], node.name, *([dim] if dim != 0 else [])))
         elif operation is aten.scaled_dot_product_attention.default:
             call_method(node, "attention", (randomness, node.name, *args))
+            node.kwargs = {**node.kwargs, **({"rows": dim} if dim != 0 else {})}
         else:
-            call_method(node, "seeded", (randomness, operation, node.name, *args))
+            method = "seeded" if dim is None else "seeded_rows"
+            call_method(node, method, (randomness, operation, node.name, *args))
+
+
+def batch_symbols(work: fx.Graph) -> set[str]:
+    """What stands for the number of rows in the shapes of a capture."""
+    inputs = [node.meta.get("val") for node in work.find_nodes(op="placeholder")]
+    sizes = [value.shape[0] for value in inputs if isinstance(value, torch.Tensor) and value.ndim]
+    return set[str]().union(*map(_symbols, sizes))
+
+
+def _symbols(size: Any) -> set[str]:
+    """The free names in a size of the capture."""
+    return {str(symbol) for symbol in size.node.expr.free_symbols} if is_free(size) else set()
+
+
+def _rows_dim(node: fx.Node, symbols: set[str]) -> int | None:
+    """The dimension of the batch, alone or folded with others; 0 where the shape is not known, None for none."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or not symbols:
+        return 0
+    return next((dim for dim, size in enumerate(value.shape) if _symbols(size) & symbols), None)
 
 
 def _guard_group_norms(graph: Graph, plan: Plan, work: fx.Graph) -> None:

@@ -40,6 +40,7 @@ from autodecouple.schedules import (
 )
 from tests.plan_strategies import make_plan
 
+
 def adam(params: list[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.Adam(params, lr=0.01)
 

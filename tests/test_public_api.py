@@ -15,7 +15,7 @@ from autodecouple import errors
 PUBLIC = {
     "autodecouple": {
         "capture", "compile", "plan", "simulate",
-        "Decoupled", "Device", "Plan", "Timeline",
+        "DataParallel", "Decoupled", "Device", "Plan", "Timeline",
         "SupCon", "DeInfoReg", "EarlyExit",
     },
     "autodecouple.schedules": {"Sequential", "Streaming", "MicroBatched", "GPipe", "OneFOneB"},

@@ -6,6 +6,11 @@ A rank runs its lane's actions in the caller's thread, one batch at a time, and 
     rank 1         ... F0 L0 B0 U0 F1 L1 B1 U1 ...      train_step here takes the next one from rank 0
 
 Where every cut is coupled, the lane is walked in the runtime of torch.distributed.pipelining (`coupled`).
+
+With data_parallel=2 there are two such pipelines, whose ranks of one lane take each update together (see `replicas`):
+
+    lane 0   rank 0 | rank 1      both are fed, with rows of their own
+    lane 1   rank 2 | rank 3
 """
 
 from __future__ import annotations
@@ -33,7 +38,9 @@ from autodecouple.executors.job import Job
 from autodecouple.executors.lane import LaneRunner, in_order, neighbours
 from autodecouple.executors.peers import Peers
 from autodecouple.executors.ranks import ALONE, Ranks
-from autodecouple.executors.world import World
+from autodecouple.executors.replicas import ReplicaLostError, Replicas
+from autodecouple.executors.world import Grid, World
+from autodecouple.objectives.together import gather_rows
 from autodecouple.schedules.program import Program
 from autodecouple.stage import Stage
 from autodecouple.stage_state import restore_stage, stage_state
@@ -44,38 +51,60 @@ LAST_WRITES = 300.0
 
 
 class Distributed:
-    """Runs the lane of this rank; rank r is lane r. The operators' threads are those that torch uses in this process.
+    """Runs the lane of this rank; without replicas rank r is lane r. The operators' threads are those that torch uses in this process.
 
     `gather` is collective, as are `synchronize` and `close` (unless it aborts): every rank must call them, at the same
     places. After the failure of any rank all of them end: that one with its error, the others with PeerError.
     """
 
     def __init__(self, stages: Sequence[Stage], program: Program, num_threads: int) -> None:
-        world = World.current().apart()
-        _check_size(world, program)
-        world.agree(program)
+        world, data = World.current().apart(), stages[0].training.data_parallel
+        self._grid = grid = Grid.of(world.size, data)
+        _check_size(grid, program)
+        world.agree(program, data)
         self._stages = stages
-        self._rank = world.rank
+        self._lane_index, self._replica = lane, replica = grid.place(world.rank)
         self._lanes = program.plan.lanes
-        self._recorder = Recorder(world.size)
-        peers = neighbours(program, world.rank)
-        self._links = links = GlooLinks(world.group(), peers, program.schedule.queue_depth)
-        self._peers = Peers(world, program, lambda: links.lose(None))
-        feeder = None if world.rank == 0 else world.rank - 1
+        self._recorder = Recorder(len(grid.ranks))
+        column = world.part(f"replica/{replica}", grid.column(replica))
+        self._links = GlooLinks(column.group(), neighbours(program, lane), program.schedule.queue_depth)
+        self._replicas: Replicas | None = None
+        self._peers = Peers(world, grid, program, self._lose)
+        feeder = None if lane == 0 else lane - 1
         walk = Pipelining() if suits(program.plan) else in_order
-        self._lane = LaneRunner(world.rank, stages, program, self._links, feeder, self._recorder, walk)
-        writers = tuple(rank for rank, own in enumerate(self._lanes) for _ in own)
+        self._lane = LaneRunner(lane, stages, program, self._links, feeder, self._recorder, walk)
+        writers = tuple(grid.ranks[index][0] for index, own in enumerate(self._lanes) for _ in own)
         store = PrefixStore("checkpoints", world.store.clone())
-        self._ranks = Ranks(world.rank, world.size, writers, store, self._check, self._has_ended)
+        self._ranks = Ranks(world.rank, world.size, writers, store, self._check_running, self._has_ended)
         self._batches = 0
         self._is_current = False  # whether all ranks hold the same state
         self._stopped = self._failed = False
         self._parted = math.inf
+        if data.replicas > 1:
+            self._replicas = Replicas(world.part(f"lane/{lane}", grid.ranks[lane]))
+            self._join(self._replicas)
         _running.add(self)
+
+    def _join(self, replicas: Replicas) -> None:
+        """Train the lane's stages together with its other replicas, from the first one's weights on."""
+        for stage in self._own:
+            stage.replicas = replicas
+            if stage.training.data_parallel.gather and stage.index < len(stage.plan.cuts) and stage.has_loss:
+                gather_rows(stage.code.head, replicas)
+            with self._guarded():
+                replicas.align(list(_tensors(stage)))
+
+    @property
+    def _own(self) -> list[Stage]:
+        return [self._stages[index] for index in self._lanes[self._lane_index]]
 
     @property
     def feeds(self) -> bool:
-        return self._rank == 0
+        return self._lane_index == 0
+
+    @property
+    def leads(self) -> bool:
+        return self._lane_index == 0 and self._replica == 0
 
     @property
     def ranks(self) -> Ranks:
@@ -91,8 +120,11 @@ class Distributed:
         """Train this rank's stages on a batch; on other ranks than 0, on the next one that comes."""
         with self._guarded():
             try:
-                self._links.check()
+                self._check()
                 self._is_current = False
+                if self._replicas is not None and self.feeds:
+                    count = job.program.schedule.num_micro_batches
+                    job.share(self._replicas.meet(job.index, job.rows, count))
                 self._lane.run(job)
                 self._batches = job.index + 1
             finally:
@@ -100,15 +132,26 @@ class Distributed:
 
     def synchronize(self) -> None:
         with self._guarded():
-            self._lane.meet(self._batches, "waits for all batches")
+            self._meet("waits for all batches")
             self._lane.synchronize()
 
+    def _meet(self, purpose: str) -> None:
+        """Wait until every rank has come here: a pipeline's lanes wait for its first, which waits for its replicas."""
+        if self._replicas is not None and self.feeds:
+            self._replicas.wait(self._batches)
+        self._lane.meet(self._batches, purpose)
+
     def gather(self) -> None:
-        """Every rank gets the weights, buffers and training states of all stages; cheap where it has them."""
+        """Every rank gets the weights, buffers and training states of all stages; cheap where it has them.
+
+        Buffers, the statistics of BatchNorm, differ among replicas: those of the first count from here on.
+        """
         if self._is_current or self._stopped:
             return
         with self._guarded():
-            self._lane.meet(self._batches, "reads the model or its state")
+            self._meet("reads the model or its state")
+            if self._replicas is not None:
+                self._replicas.align([buffer for stage in self._own for buffer in stage.buffers])
             for owner, stages in enumerate(self._lanes):
                 for index in stages:
                     self._share(self._stages[index], owner)
@@ -134,7 +177,7 @@ class Distributed:
             self._fail()
 
     def _leave(self) -> None:
-        """Part in peace: what was sent arrives."""
+        """Part in peace: what was sent arrives, to replicas, too, whose connections end when nobody uses them."""
         with self._guarded():
             self._links.end(self._batches)
             self._stop()
@@ -147,8 +190,21 @@ class Distributed:
 
     def _fail(self) -> None:
         self._failed = True
+        if self._replicas is not None:
+            self._replicas.cut()
         self._stop()
         self._peers.settle()
+
+    def _lose(self) -> None:
+        """End whatever waits here."""
+        self._links.lose(None)
+        if self._replicas is not None:
+            self._replicas.lose()
+
+    def _check(self) -> None:
+        self._links.check()
+        if self._replicas is not None:
+            self._replicas.check()
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
@@ -160,7 +216,7 @@ class Distributed:
         try:
             yield
         except LinkLostError as error:
-            found = self._peers.explain(error.lane)
+            found = self._peers.explain(self._lost_rank(error))
             self._fail()
             raise found from None
         except BaseException as error:
@@ -168,16 +224,23 @@ class Distributed:
             self._fail()
             raise
 
-    def _check(self) -> None:
+    def _check_running(self) -> None:
         """Raise what has ended the training, unless that is known already."""
         if not self._stopped:
             with self._guarded():
-                self._links.check()
+                self._check()
 
     def _has_ended(self) -> bool:
         """Whether others cannot be waited for: one failed or is gone, or all have parted long ago."""
         is_lost = self._links.is_lost  # first: parting cuts the links, and says so before
         return (is_lost and (self._failed or not self._stopped)) or time.monotonic() > self._parted + LAST_WRITES
+
+    def _lost_rank(self, error: LinkLostError) -> int | None:
+        """Which rank an error is about; of several replicas nobody knows which."""
+        if isinstance(error, ReplicaLostError):
+            others = [rank for at, rank in enumerate(self._grid.ranks[self._lane_index]) if at != self._replica]
+            return others[0] if len(others) == 1 else None
+        return None if error.lane is None else self._grid.ranks[error.lane][self._replica]
 
     # ---------------------------------------------------------------- the state of all ranks
 
@@ -185,16 +248,16 @@ class Distributed:
         try:
             for tensor in (*stage.parameters, *stage.buffers):
                 self._broadcast_into(tensor, owner)
-            state = _without_devices(stage_state(stage)) if owner == self._rank else None
+            state = _without_devices(stage_state(stage)) if owner == self._lane_index else None
             found = self._broadcast_bytes(pickle.dumps(state), owner)
         except RuntimeError as error:
-            self._links.check()
+            self._check()
             raise LinkLostError(None, error) from error
-        if owner != self._rank:
+        if owner != self._lane_index:
             restore_stage(stage, pickle.loads(found))
 
     def _broadcast_into(self, tensor: torch.Tensor, owner: int) -> None:
-        mine = owner == self._rank
+        mine = owner == self._lane_index
         whole = tensor.detach().cpu().contiguous() if mine else torch.empty(tensor.shape, dtype=tensor.dtype)
         self._broadcast(whole, owner)
         if not mine:
@@ -204,7 +267,7 @@ class Distributed:
     def _broadcast_bytes(self, mine: bytes, owner: int) -> bytes:
         size = torch.tensor(len(mine))
         self._broadcast(size, owner)
-        data = torch.frombuffer(bytearray(mine if owner == self._rank else int(size)), dtype=torch.uint8)
+        data = torch.frombuffer(bytearray(mine if owner == self._lane_index else int(size)), dtype=torch.uint8)
         self._broadcast(data, owner)
         return data.numpy().tobytes()
 
@@ -230,12 +293,22 @@ def _end_all() -> None:
                 executor._leave()
 
 
-def _check_size(world: World, program: Program) -> None:
-    if (count := len(program.lanes)) != world.size:
+def _check_size(grid: Grid, program: Program) -> None:
+    lanes, replicas = len(program.lanes), len(grid.ranks[0])
+    if (size := len(grid.ranks) * replicas) != lanes * replicas:
+        each = f", each {replicas} times" if replicas > 1 else ""
         raise InputError(
-            f"there are {world.size} processes, but the plan has {count} lanes of {len(program.plan.stages)} stages:"
-            f" start {count} processes (torchrun --nproc-per-node={count}), or ask for n_stages={world.size} or more"
+            f"there are {size} processes, but the plan has {lanes} lanes of {len(program.plan.stages)} stages{each}:"
+            f" start {lanes * replicas} processes (torchrun --nproc-per-node={lanes * replicas}), or ask for"
+            f" n_stages={len(grid.ranks)} or more"
         )
+
+
+def _tensors(stage: Stage) -> Iterator[torch.Tensor]:
+    """Everything that the stage computes with."""
+    for module in (stage.code.body, *([stage.code.head] if stage.code.head is not None else [])):
+        yield from module.parameters()
+        yield from module.buffers()
 
 
 def _without_devices(state: Any) -> Any:

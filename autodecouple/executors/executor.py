@@ -22,6 +22,7 @@ class Executor(Protocol):
 
     feeds: whether the batches' inputs come from this process; elsewhere a job has none
     ranks: who writes a checkpoint; where there are several, each saves what it has without `gather`
+    leads: whether this process writes it where all have everything
     """
 
     @property
@@ -29,6 +30,9 @@ class Executor(Protocol):
 
     @property
     def ranks(self) -> Ranks: ...
+
+    @property
+    def leads(self) -> bool: ...
 
     @property
     def timeline(self) -> Timeline: ...
@@ -59,6 +63,7 @@ class Local:
 
     feeds = True
     ranks = ALONE
+    leads = True
 
     def gather(self) -> None:
         return None

@@ -10,11 +10,12 @@ import torch
 from torch.utils import _pytree as pytree
 
 from autodecouple.executors.caller import Caller
-from autodecouple.executors.transport import Parcel, Queue, Queues, lend_to_caller, pack_from_caller
+from autodecouple.executors.transport import Parcel, Queue, Queues, lend_to_caller, pack, pack_from_caller
 from autodecouple.plans import Plan
 from autodecouple.randomness import Randomness
 from autodecouple.schedules.actions import Action, Op
 from autodecouple.schedules.program import Program
+from autodecouple.shards import Shard, row_sizes
 from autodecouple.stage import Stage
 from autodecouple.work import Values, Work, tensors_in
 
@@ -45,6 +46,7 @@ class Job:
         self.plan = plan
         self.seed = seed
         self.caller = Caller.current()
+        self.shard: Shard | None = None
         self.done: set[Action] = set()
         self.losses: list[torch.Tensor | None] = [None] * len(plan.stages)
         self.ends: list[Parcel] = []  # complete when the devices have done what the lanes queued
@@ -62,10 +64,17 @@ class Job:
         """Know the batch's rows, and with them its micro-batches."""
         self.program = program
         self.rows = rows
-        self._sizes = _sizes(rows, program.schedule.num_micro_batches)
+        self._sizes = row_sizes(rows, program.schedule.num_micro_batches)
         self.work = [Work(self._sizes) for _ in self.plan.stages]
         lanes = range(len(program.lanes))
         self.to_take, self.to_leave = set(lanes), set(lanes)  # which lanes have still to begin it, and to end it
+
+    def share(self, shard: Shard) -> None:
+        """Know the batch as a part of a global one."""
+        self.shard = shard
+        self.parcels["shard", 0, None] = pack(shard)
+        for work in self.work:
+            work.share = shard.share
 
     def _post_inputs(self, inputs: Values, written: Collection[str]) -> None:
         """The first stage is sent the model's inputs, micro-batch by micro-batch."""
@@ -88,7 +97,7 @@ class Job:
     def _forward(self, action: Action, stage: Stage, queue: Queue) -> None:
         micro_batch = _number(action)
         received = queue.receive(self.parcels.pop(("activations", stage.index, micro_batch)))
-        randomness = Randomness(self.seed, self.index, micro_batch)
+        randomness = Randomness(self.seed, self.index, micro_batch, self.shard)
         sent = stage.forward(self.work[stage.index], micro_batch, received, randomness)
         if stage.index + 1 < len(self.plan.stages):
             self.parcels["activations", stage.index + 1, micro_batch] = queue.send(sent)
@@ -209,11 +218,6 @@ def _memory(values: Any) -> frozenset[int]:
 def _number(action: Action) -> int:
     assert action.micro_batch is not None, f"{action} needs a micro-batch"
     return action.micro_batch
-
-
-def _sizes(rows: int, count: int) -> list[int]:
-    """Rows of each micro-batch: as equal as can be, the larger ones first."""
-    return [rows // count + (index < rows % count) for index in range(count)]
 
 
 def _split(value: Any, rows: int, sizes: list[int]) -> list[Any]:

@@ -26,7 +26,7 @@ from autodecouple.schedules.program import Program
 from autodecouple.stage import Stage
 from autodecouple.work import Flag
 
-PASSED = {"target", "caller"}
+PASSED = {"target", "caller", "shard"}
 """What travels with the first activations of a batch, from lane to lane: the caller's state only where it is needed."""
 FEEDER = -1
 """In place of a lane: the process that gives the batches."""
@@ -201,6 +201,8 @@ class LaneRunner:
         for name in PASSED & values.keys():
             job.parcels[name, 0, None] = pack(values[name])
         job.caller = values.get("caller", job.caller)
+        if "shard" in values:
+            job.share(values["shard"])
         job.parcels[message.kind, message.stage, message.micro_batch] = pack(values[message.kind])
 
     # ---------------------------------------------------------------- what goes

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from autodecouple.errors import PeerError
-from autodecouple.executors.world import World
+from autodecouple.executors.world import Grid, World
 from autodecouple.schedules.program import Program
 
 NOTE = "failure"
@@ -29,8 +29,9 @@ TOLD = "told"
 class Peers:
     """The other ranks, as far as their failures go."""
 
-    def __init__(self, world: World, program: Program, alarm: Callable[[], None]) -> None:
+    def __init__(self, world: World, grid: Grid, program: Program, alarm: Callable[[], None]) -> None:
         self._world = world
+        self._grid = grid
         self._lanes = program.plan.lanes
         self._ended = threading.Event()
         self._watch = threading.Thread(
@@ -48,8 +49,11 @@ class Peers:
         self._leave(f"{self._name(self._world.rank)} failed: {type(error).__name__}: {error}{where}")
 
     def explain(self, lost: int | None) -> PeerError:
-        """Why a link was lost, or why somebody raised the alarm."""
-        stop = time.monotonic() + PATIENCE
+        """Why the link to a rank was lost, or why somebody raised the alarm.
+
+        Of several replicas it is not known which is lost; but its neighbours in the pipeline know, and say so.
+        """
+        stop = time.monotonic() + PATIENCE * (1 if lost is not None else 2)
         while (note := self._note()) is None and time.monotonic() < stop:
             time.sleep(0.05)
         if note is None and lost is not None:
@@ -81,8 +85,10 @@ class Peers:
         self._watch.join(5.0)
 
     def _name(self, rank: int) -> str:
-        stages = self._lanes[rank]
-        return f"rank {rank} (stage{'s' if len(stages) > 1 else ''} {', '.join(map(str, stages))})"
+        lane, replica = self._grid.place(rank)
+        stages = self._lanes[lane]
+        which = f", replica {replica}" if len(self._grid.ranks[lane]) > 1 else ""
+        return f"rank {rank} (stage{'s' if len(stages) > 1 else ''} {', '.join(map(str, stages))}{which})"
 
     def _leave(self, text: str) -> None:
         with contextlib.suppress(Exception):  # the store may be gone, too

@@ -39,6 +39,7 @@ class Processes:
 
     feeds = True
     ranks = ALONE
+    leads = True
 
     def __init__(self, stages: Sequence[Stage], program: Program, num_threads: int) -> None:
         _check_possible(stages)

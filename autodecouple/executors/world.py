@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -18,6 +18,7 @@ from torch.distributed.rendezvous import rendezvous
 from autodecouple.errors import InputError, PeerError, PlanError
 from autodecouple.executors.attempt import attempt
 from autodecouple.plans import Plan
+from autodecouple.replication import DataParallel
 from autodecouple.schedules.program import Program
 
 FOR_EVER = timedelta(days=365)
@@ -27,6 +28,36 @@ ARRIVAL = timedelta(minutes=10)
 READING = timedelta(seconds=20)
 """How long a rank that ends with an error waits until all know why."""
 _numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which lane and replica every rank is: `ranks` has a row per lane, and in it the rank of each replica."""
+
+    ranks: tuple[tuple[int, ...], ...]
+
+    @staticmethod
+    def of(size: int, data: DataParallel) -> Grid:
+        """Of so many processes; raises InputError where they are not lanes times replicas."""
+        if data.ranks is not None:
+            if len(data.ranks) * data.replicas != size:
+                raise InputError(f"there are {size} processes, but the mesh has the ranks {data.ranks}")
+            return Grid(data.ranks)
+        if size % data.replicas:
+            raise InputError(
+                f"{size} processes cannot hold {data.replicas} replicas of each lane: start lanes x replicas of them"
+                f" (torchrun --nproc-per-node={data.replicas * max(2, size // data.replicas)}), or choose another"
+                " data_parallel"
+            )
+        return Grid(tuple(tuple(range(r, r + data.replicas)) for r in range(0, size, data.replicas)))
+
+    def place(self, rank: int) -> tuple[int, int]:
+        """Lane and replica of a rank."""
+        return next((lane, row.index(rank)) for lane, row in enumerate(self.ranks) if rank in row)
+
+    def column(self, replica: int) -> list[int]:
+        """The ranks of one pipeline: a replica of every lane."""
+        return [row[replica] for row in self.ranks]
 
 
 @dataclass(frozen=True)
@@ -56,13 +87,17 @@ class World:
         name = attempt(store, self.rank, self.size, ARRIVAL)
         return World(self.rank, self.size, PrefixStore(name, store))
 
+    def part(self, name: str, ranks: Sequence[int]) -> World:
+        """Some of the processes, this one among them, as a world with a store of their own."""
+        return World(list(ranks).index(self.rank), len(ranks), PrefixStore(name, self.store))
+
     def group(self) -> Any:
         """A process group of its own: what the user does with theirs, nobody here waits for."""
         return dist.ProcessGroupGloo(PrefixStore("gloo", self.store), self.rank, self.size, FOR_EVER)
 
-    def agree(self, program: Program) -> None:
+    def agree(self, program: Program, data: DataParallel) -> None:
         """Raises PlanError, on every rank, where ranks have other plans, naming the first difference."""
-        mine = _summary(program)
+        mine = {**_summary(program), "data parallel": repr(data)}
         self.store.set(f"plan/{self.rank}", json.dumps(mine))
         keys = [f"plan/{rank}" for rank in range(self.size)]
         try:
@@ -91,14 +126,15 @@ def world_size() -> int:
     return int(os.environ["WORLD_SIZE"]) if is_launched() else 1
 
 
-def one_lane_per_rank() -> list[str]:
+def one_lane_per_rank(data: DataParallel) -> list[str]:
     """This rank's lane on its own GPU where there is one; those of other ranks are only kept here, on the CPU."""
     import torch
 
     local = int(os.environ.get("LOCAL_RANK", "0"))
     own = f"cuda:{local}" if torch.cuda.is_available() and local < torch.cuda.device_count() else "cpu"
     rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
-    return [own if lane == rank else "cpu" for lane in range(world_size())]
+    grid = Grid.of(world_size(), data)
+    return [own if lane == grid.place(rank)[0] else "cpu" for lane in range(len(grid.ranks))]
 
 
 def _summary(program: Program) -> Mapping[str, Any]:

@@ -27,6 +27,7 @@ from autodecouple.objectives.heads import (
     widen,
 )
 from autodecouple.objectives.rows import Rows
+from autodecouple.objectives.together import Together
 from autodecouple.plans import TensorSpec
 
 CE_MODES = ("merge", "unmerge", "paper")
@@ -117,6 +118,7 @@ class DeInfoRegHead(nn.Module):
         self.objective = objective
         self.num_classes = num_classes
         self.rows = rows
+        self.together = Together()
         self.projector = objective.build_projector(rows, dtype)
         if objective.alpha:
             self.classifier = _classifier(self.projector, num_classes, objective.batch_norm, dtype)
@@ -124,7 +126,9 @@ class DeInfoRegHead(nn.Module):
                 self.classifier.insert(0, objective.build_projector(rows, dtype))
 
     def forward(self, features: Tensor, signal: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        rows, labels = self.rows(features, signal, mask)
+        rows, labels = self.together(
+            *self.rows(features, signal, mask)
+        )  # before the norms, whose statistics are theirs
         counts = labels >= 0
         embeddings = self.projector(rows, counts)
         logits = self._logits(rows, embeddings, counts) if self.objective.alpha else None

@@ -18,6 +18,7 @@ from autodecouple.objectives.heads import (
     widen,
 )
 from autodecouple.objectives.rows import Rows
+from autodecouple.objectives.together import Together
 from autodecouple.plans import TensorSpec
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
@@ -77,9 +78,10 @@ class EarlyExitHead(nn.Module):
         super().__init__()
         self.rows = rows
         self.classifier = classifier
+        self.together = Together()
 
     def forward(self, features: Tensor, signal: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         rows, labels = self.rows(features, signal, mask)
-        logits: Tensor = self.classifier(rows)
+        logits, labels = self.together(self.classifier(rows), labels)
         with full_precision(logits):
             return cross_entropy(widen(logits), labels), signal

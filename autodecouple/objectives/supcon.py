@@ -20,6 +20,7 @@ from autodecouple.objectives.heads import (
     widen,
 )
 from autodecouple.objectives.rows import Rows
+from autodecouple.objectives.together import Together
 from autodecouple.plans import TensorSpec
 
 NORMALISATIONS = ("code", "eq2", "alg1")
@@ -97,13 +98,14 @@ class SupConHead(nn.Module):
         super().__init__()
         self.rows = rows
         self.projector = projector
+        self.together = Together()
         self.temperature = temperature
         self.normalisation = normalisation
         self.register_buffer("batches_without_positives", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def forward(self, features: Tensor, signal: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         rows, labels = self.rows(features, signal, mask)
-        embeddings: Tensor = self.projector(rows)
+        embeddings, labels = self.together(self.projector(rows), labels)
         with full_precision(embeddings):
             units = unit_rows(widen(embeddings))
             # The sum, 0 or NaN: without positives the loss would hide features that are not finite, its gradient not.
