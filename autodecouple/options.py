@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from autodecouple import objectives, schedules
+from autodecouple.backends import EAGER, Backend
 from autodecouple.devices import Device
 from autodecouple.errors import InputError, PlanError
 from autodecouple.executors import EXECUTORS
@@ -113,6 +114,7 @@ class Options:
     schedule: Schedule
     executor: str
     seed: int
+    backend: Backend = EAGER
 
     @staticmethod
     def checked(
@@ -123,11 +125,12 @@ class Options:
         schedule: str | Schedule,
         executor: str | None,
         seed: int,
+        backend: Backend = EAGER,
     ) -> Options:
         if criterion is not None and not callable(criterion):
             raise InputError(f"criterion={criterion!r} is not callable; pass a loss like nn.CrossEntropyLoss()")
         found = schedules.resolve(schedule)
-        return Options(capturing, wish, training, criterion, found, choose_executor(executor, found), seed)
+        return Options(capturing, wish, training, criterion, found, choose_executor(executor, found), seed, backend)
 
 
 def choose_executor(executor: str | None, schedule: Schedule) -> str:

@@ -37,7 +37,11 @@ class Randomness:
             return functional.dropout(x, p)
         if p >= 1:
             return x * 0
-        return masked(x, p, torch.Generator(x.device).manual_seed(self.key(node)))
+        return masked(x, p, self.mask(x, p, node))
+
+    def mask(self, x: torch.Tensor, p: float, node: str) -> torch.Tensor:
+        """Which elements of `x` stay: bool, in memory as `x` lies there."""
+        return draw_mask(x, p, torch.Generator(x.device).manual_seed(self.key(node)))
 
     def attention(
         self,
@@ -94,9 +98,13 @@ class Randomness:
                 generator.set_state(before)
 
 
-def masked(x: torch.Tensor, p: float, generator: torch.Generator | None = None) -> torch.Tensor:
-    """`x` behind a mask from the generator; for the backward it keeps one byte per element."""
-    mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p, generator=generator)
+def draw_mask(x: torch.Tensor, p: float, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Bool like `x`, each element False with probability p."""
+    return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p, generator=generator)
+
+
+def masked(x: torch.Tensor, p: float, mask: torch.Tensor) -> torch.Tensor:
+    """`x` behind a mask; for the backward it keeps one byte per element."""
     return (x * mask).div_(1 - p)
 
 

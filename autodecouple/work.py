@@ -37,7 +37,10 @@ class Before:
 
 @dataclass
 class Work:
-    """What a stage holds of one batch between its forward and its update; `sizes` are the micro-batches' rows."""
+    """What a stage holds of one batch between its forward and its update; `sizes` are the micro-batches' rows.
+
+    A stage that does all with one launch (`replayed`) is given the `signal` with the forward.
+    """
 
     sizes: Sequence[int]
     before: Before | None = None
@@ -45,6 +48,8 @@ class Work:
     losses: list[torch.Tensor] = field(default_factory=list)
     finite: list[Flag] = field(default_factory=list)
     outputs: dict[int, tuple[Any, ...]] = field(default_factory=dict)
+    signal: Any = None
+    replayed: bool = False
 
 
 class Flag:

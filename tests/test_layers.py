@@ -20,6 +20,7 @@ LAYERS: tuple[set[str], ...] = (
     {"simulator", "cost", "view"},
     {"graph", "objectives", "passes", "randomness", "signals"},
     {"stage", "stage_state", "work"},
+    {"backends"},
     {"executors"},
     {"options", "pipeline", "optimizers", "states", "flat", "storage", "checkpoints", "fitting", "replanning"},
     {"api", "decoupled"},

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from autodecouple.passes.capturing.autocast import called
 from autodecouple.passes.insert import draws
 from autodecouple.passes.measuring.flops import flop_counter
-from autodecouple.randomness import Randomness, masked
+from autodecouple.randomness import Randomness, draw_mask, masked
 
 aten = torch.ops.aten
 Call = Callable[[fx.Node, Any, Any], Any]
@@ -162,7 +162,7 @@ def keyed(node: fx.Node, operation: Any) -> Any:
     if drawing is not node.target:
         return operation  # under an autocast of its own: measured as the model runs it
     if node.target is aten.dropout.default:
-        return lambda x, p, *_, **__: masked(x, p)
+        return lambda x, p, *_, **__: masked(x, p, draw_mask(x, p))
     if node.target is aten.scaled_dot_product_attention.default:
         return lambda query, *args, **kwargs: (
             Randomness(0).attention(node.name, query, *args, **kwargs)
