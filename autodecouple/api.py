@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from autodecouple import schedules, simulator
+from autodecouple.backends import resolve_backend
 from autodecouple.cost import Cost, measured, predicted
 from autodecouple.decoupled import Decoupled
 from autodecouple.graph import Graph
@@ -37,8 +38,9 @@ from autodecouple.timeline import Timeline
 
 
 def default_optimizer(params: list[nn.Parameter]) -> Optimizer:
-    """Adam with a learning rate of 1e-3, as in the SCPL experiments."""
-    return torch.optim.Adam(params, lr=1e-3)
+    """Adam with a learning rate of 1e-3, as in the SCPL experiments; on a GPU as one kernel for all parameters."""
+    fused = all(parameter.is_cuda and parameter.is_floating_point() for parameter in params)
+    return torch.optim.Adam(params, lr=1e-3, fused=True if fused else None)
 
 
 def compile(
@@ -68,6 +70,7 @@ def compile(
     on_nonfinite: str = "raise",
     executor: str | None = None,
     data_parallel: int | DeviceMesh | DataParallel = 1,
+    backend: str | Mapping[str, Any] = "eager",
     seed: int = 0,
 ) -> Decoupled:
     """Cut an unmodified model into stages that train on local losses, and run them as a pipeline.
@@ -98,6 +101,9 @@ def compile(
                     or "inline"; None is inline for the sequential schedule, distributed under torchrun, else streams
     data_parallel:  processes per lane, each with rows of its own; a DeviceMesh ("pipeline", "data"); or a DataParallel,
                     which can compare the rows of all of them in the local losses
+    backend:        how a stage runs: "eager"; "compile", its body and head through torch.compile (or a dict of options
+                    for that); "cuda_graphs", all that a batch takes as one launch. What cannot be is run eagerly, and
+                    a warning says why
     seed:           of the heads' weights and of every dropout mask
     Raises an AutodecoupleError that says what does not fit, before anything is trained.
     """
@@ -119,7 +125,7 @@ def compile(
     training = Training(optimizer, scheduler, clip_grad_norm, accumulate, on_nonfinite, wish.recompute, data)
     training = check_training(training)
     capturing = Capturing(mode, tuple(dynamic), tied)
-    options = Options.checked(capturing, wish, training, criterion, schedule, executor, seed)
+    options = Options.checked(capturing, wish, training, criterion, schedule, executor, seed, resolve_backend(backend))
     decoupled = Decoupled(model if isinstance(model, Graph) else check_model(model), options)
     if example_inputs is not None or isinstance(model, Graph):
         decoupled.capture(example_inputs, example_target)

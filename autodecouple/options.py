@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from autodecouple import objectives, schedules
+from autodecouple.backends import EAGER, Backend
 from autodecouple.devices import Device
 from autodecouple.errors import InputError, PlanError
 from autodecouple.executors import EXECUTORS
@@ -120,6 +121,7 @@ class Options:
     schedule: Schedule
     executor: str
     seed: int
+    backend: Backend = EAGER
 
     @staticmethod
     def checked(
@@ -130,11 +132,17 @@ class Options:
         schedule: str | Schedule,
         executor: str | None,
         seed: int,
+        backend: Backend = EAGER,
     ) -> Options:
         if criterion is not None and not callable(criterion):
             raise InputError(f"criterion={criterion!r} is not callable; pass a loss like nn.CrossEntropyLoss()")
+        if training.data_parallel.replicas > 1 and backend.name != EAGER.name:
+            raise InputError(
+                f"backend={backend.name!r} draws the masks of one process's rows, and cannot share those of the global"
+                ' batch among replicas: take backend="eager" with data_parallel='
+            )
         found = schedules.resolve(schedule)
-        return Options(capturing, wish, training, criterion, found, choose_executor(executor, found), seed)
+        return Options(capturing, wish, training, criterion, found, choose_executor(executor, found), seed, backend)
 
 
 def choose_executor(executor: str | None, schedule: Schedule) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from autodecouple.backends import make_stages
 from autodecouple.devices import Device
 from autodecouple.errors import InputError, PlanError
 from autodecouple.executors import EXECUTORS, Executor
@@ -251,7 +252,7 @@ def build(model: nn.Module | Graph, example_inputs: Any, example_target: Any, op
     codes = emit_stages(module, graph, plan)
     verify.stages_fit(codes, plan)
     dims = _batch_dims(graph, codes)
-    stages = tuple(Stage(i, code, plan, options.training, dims) for i, code in enumerate(codes))
+    stages = make_stages(options.backend, codes, plan, options.training, dims)
     inference, written = emit_inference(graph, plan), _written_inputs(graph)
     executor = EXECUTORS[options.executor](stages, program, threads_per_lane(program))  # last: it starts workers
     return Pipeline(

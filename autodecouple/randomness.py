@@ -50,10 +50,14 @@ class Randomness:
             return functional.dropout(x, p)
         if p >= 1:
             return x * 0
-        if self.shard is None or rows is None or p == 0:
-            return masked(x, p, torch.Generator(x.device).manual_seed(self.key(node)))
+        return x if p == 0 else behind(x, self.mask(x, p, node, rows), p)
+
+    def mask(self, x: torch.Tensor, p: float, node: str, rows: int | None = 0) -> torch.Tensor:
+        """Which elements of `x` stay: bool, for each of its indices."""
+        if self.shard is None or rows is None:
+            return draw_mask(x.shape, p, x.device, torch.Generator(x.device).manual_seed(self.key(node)))
         parts = [self._part(x, p, node, rows, piece) for piece in self.shard.pieces(self.micro_batch)]
-        return behind(x, torch.cat(parts, rows) if len(parts) > 1 else parts[0], p)
+        return torch.cat(parts, rows) if len(parts) > 1 else parts[0]
 
     def _part(self, x: torch.Tensor, p: float, node: str, rows: int, piece: Piece) -> torch.Tensor:
         """The rows of `piece` in the mask that one process with the whole global batch draws."""

@@ -56,13 +56,19 @@ class Replicas(Protocol):
 
 
 class Stage:
-    """A piece of the model with its head, optimizer and scheduler, on its device."""
+    """A piece of the model with its head, optimizer and scheduler, on its device.
+
+    `run_body` and `run_head` are what runs in the place of the body and the head: themselves, unless a backend has
+    something faster.
+    """
 
     def __init__(
         self, index: int, code: StageCode, plan: Plan, training: Training, batch_dims: Mapping[str, int | None]
     ):
         self.index = index
         self.code = code
+        self.run_body: Callable[..., Any] = code.body
+        self.run_head: Callable[..., Any] | None = code.head
         self.plan = plan
         self.training = training
         self.batch_dims = batch_dims
@@ -76,6 +82,11 @@ class Stage:
         self.parameters = _trainable(code)
         self.optimizer = training.optimizer(self.parameters) if self.parameters else None
         self.scheduler = training.scheduler(self.optimizer) if training.scheduler and self.optimizer else None
+
+    @property
+    def wants_signal(self) -> bool:
+        """Whether the forward must find what the loss reads in `work.signal`."""
+        return False
 
     @property
     def has_loss(self) -> bool:
@@ -120,7 +131,7 @@ class Stage:
     def _run(self, received: Values, randomness: Randomness) -> Values:
         """What was sent and what the body makes of it."""
         arguments = [received[name] for name in self.code.inputs]
-        outputs = self.code.body(*arguments, *([randomness] if self.code.draws else []))
+        outputs = self.run_body(*arguments, *([randomness] if self.code.draws else []))
         return {**received, **dict(zip(self.code.outputs, outputs, strict=True))}
 
     def _recomputation(
@@ -145,24 +156,27 @@ class Stage:
 
         Returns the signal that the head passes on.
         """
-        assert self.code.head is not None
+        assert self.run_head is not None
         if self.replicas is not None:
             self.replicas.share = work.share
         chosen = sorted(work.passages) if micro_batch is None else [micro_batch]
         passages = [work.passages[m] for m in chosen]
         leaves = {name: self._join(name, passages) for name in self._read}
         mask = {"mask": leaves[self.code.mask]} if self.code.mask is not None else {}
-        loss, encoded = self.code.head(*(leaves[name] for name in self.code.head_inputs), signal, **mask)
+        loss, encoded = self.run_head(*(leaves[name] for name in self.code.head_inputs), signal, **mask)
         weight = 1.0 if micro_batch is None else work.sizes[micro_batch] / sum(work.sizes)
         weighted = loss if weight == 1.0 else loss * weight
-        work.losses.append(weighted.detach())
-        work.finite.append(Flag(weighted.detach()))
+        self._note(work, weighted.detach())
         if weighted.requires_grad:
             share = weighted / self.training.accumulate if self.training.accumulate > 1 else weighted
             with full_precision(share):  # the caller's autocast is for the forward
                 share.backward()
         self._split(leaves, passages)
         return _free_tree(encoded)
+
+    def _note(self, work: Work, loss: torch.Tensor) -> None:
+        work.losses.append(loss)
+        work.finite.append(Flag(loss))
 
     def backward(
         self, work: Work, micro_batch: int, gradients: Mapping[str, torch.Tensor] | None, *, split: bool = False
@@ -231,14 +245,18 @@ class Stage:
             self.pending += 1
             work.before = None
             return
-        if self.training.clip_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self.parameters, self.training.clip_grad_norm)
-        self.optimizer.step()
+        self._descend(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
         self.pending = 0
         work.before = None  # from here on there is no way back
         if self.scheduler is not None:
             self.scheduler.step()
+
+    def _descend(self, optimizer: Optimizer) -> None:
+        """Change the parameters by their gradients."""
+        if self.training.clip_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.training.clip_grad_norm)
+        optimizer.step()
 
     def _set_aside(self) -> Before:
         """What a batch must not lose: it may have to be left out again."""

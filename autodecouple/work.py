@@ -46,8 +46,9 @@ class Before:
 class Work:
     """What a stage holds of one batch between its forward and its update.
 
-    sizes: the micro-batches' rows; share: of the global batch, where replicas train on the rest of it
-    rests: what is left to do for the weights' gradients, of micro-batches whose backward was split
+    sizes:  the micro-batches' rows; share: of the global batch, where replicas train on the rest of it
+    rests:  what is left to do for the weights' gradients, of micro-batches whose backward was split
+    signal: given with the forward to a stage that does all with one launch (`replayed`)
     """
 
     sizes: Sequence[int]
@@ -58,6 +59,8 @@ class Work:
     losses: list[torch.Tensor] = field(default_factory=list)
     finite: list[Flag] = field(default_factory=list)
     outputs: dict[int, tuple[Any, ...]] = field(default_factory=dict)
+    signal: Any = None
+    replayed: bool = False
 
 
 class Flag:

@@ -20,6 +20,7 @@ LAYERS: tuple[set[str], ...] = (
     {"simulator", "cost", "view"},
     {"graph", "objectives", "passes", "randomness", "shards", "signals"},
     {"halves", "replication", "stage", "stage_state", "work"},
+    {"backends"},
     {"executors"},
     {"options", "pipeline", "optimizers", "states", "flat", "replanning"},
     {"parts", "storage", "files", "checkpoints", "epochs", "loops", "fitting"},

@@ -97,6 +97,8 @@ class Job:
     def _forward(self, action: Action, stage: Stage, queue: Queue) -> None:
         micro_batch = _number(action)
         received = queue.receive(self.parcels.pop(("activations", stage.index, micro_batch)))
+        if stage.wants_signal:
+            self.work[stage.index].signal = self._signal(stage.index, None, queue)
         randomness = Randomness(self.seed, self.index, micro_batch, self.shard)
         sent = stage.forward(self.work[stage.index], micro_batch, received, randomness)
         if stage.index + 1 < len(self.plan.stages):
