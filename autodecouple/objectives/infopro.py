@@ -118,14 +118,15 @@ class InfoPro:
         l1, l2 = self.at(self.reconstruction, self.depth), self.at(self.comparison, self.depth)
         if l1 and self.input is None:
             raise InputError(f"{self.name!r} knows no input yet: compile() and plan() tell it, elsewhere use placed()")
-        rebuild = decoder(features, self.input, self) if self.input is not None else None
-        compare = self._compare(features, signal) if l2 else None
-        if rebuild is None and compare is None:
+        task = TaskHead(self._compare(features, signal), l2) if l2 else None
+        if self.input is not None:
+            return InfoProHead(decoder(features, self.input, self), l1, task)
+        if task is None:
             raise InputError(
                 f"both weights of {self.name!r} are 0 at depth {self.depth:.2f} (0 the first hidden stage, 1 the last):"
                 " the stage would not be trained"
             )
-        return InfoProHead(rebuild, compare, l1, l2)
+        return task
 
     def _compare(self, features: TensorSpec, signal: TensorSpec) -> nn.Module:
         if not self.conv:
@@ -135,23 +136,32 @@ class InfoPro:
         return Compare(neck, self.task.head(neck.spec(features), signal))
 
 
-class InfoProHead(nn.Module):
-    """Both terms; its `forward` takes the model's input after the features, where it reads it."""
+class TaskHead(nn.Module):
+    """The task alone, weighted."""
 
-    def __init__(self, rebuild: nn.Module | None, compare: nn.Module | None, l1: float, l2: float) -> None:
+    def __init__(self, compare: nn.Module, weight: float) -> None:
+        super().__init__()
+        self.compare = compare
+        self.weight = weight
+
+    def forward(self, features: Tensor, signal: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.weight * self.compare(features, signal, mask)[0], signal
+
+
+class InfoProHead(nn.Module):
+    """Reconstruction and, unless that is left out, the task."""
+
+    def __init__(self, rebuild: nn.Module, weight: float, task: TaskHead | None) -> None:
         super().__init__()
         self.rebuild = rebuild
-        self.compare = compare
-        self.l1 = l1
-        self.l2 = l2
+        self.weight = weight
+        self.task = task
 
-    def forward(self, features: Tensor, *rest: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        signal, terms = rest[-1], []
-        if self.rebuild is not None:
-            terms.append(self.l1 * self.rebuild(features, rest[0].detach(), mask))
-        if self.compare is not None:
-            terms.append(self.l2 * self.compare(features, signal, mask)[0])
-        return sum(terms[1:], terms[0]), signal
+    def forward(
+        self, features: Tensor, given: Tensor, signal: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        loss = self.weight * self.rebuild(features, given.detach(), mask)
+        return loss if self.task is None else loss + self.task(features, signal, mask)[0], signal
 
 
 class Compare(nn.Module):

@@ -47,7 +47,8 @@ class Neck(nn.Module):
     positions along each dimension, rounded up
 
     Sequences keep their length, since the mask counts tokens. Where tokens have labels of their own nothing mixes
-    them: the head of a language model would see the word that it is to predict.
+    them: the head of a language model would see the word that it is to predict. Normalised is by all positions, also
+    by those whose label does not count: behind a convolution there is no telling which these are.
     """
 
     def __init__(
