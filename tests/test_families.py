@@ -170,7 +170,5 @@ def test_no_loss_trains_another_stage(family: str, name: str, recompute: bool) -
             decoupled.train_step(x, y)
             decoupled.synchronize()
             owners = {n for code in [decoupled._pipeline.codes[alone]] for n, _ in code.body.named_parameters()}
-            moved = {
-                n for n, p in decoupled.model.named_parameters() if not torch.equal(p.detach(), before[n])
-            }
+            moved = {n for n, p in decoupled.model.named_parameters() if not torch.equal(p.detach(), before[n])}
             assert moved and moved <= owners

@@ -91,7 +91,9 @@ def test_the_target_is_not_looked_at() -> None:
     assert torch.equal(head(x, y)[0], head(x, torch.randn(4))[0])
 
 
-@pytest.mark.parametrize("length, distances", [(2, (1,)), (3, (2,)), (4, (2, 3)), (7, (2, 3, 4, 5, 6)), (50, (2, 3, 4, 5, 6))])
+@pytest.mark.parametrize(
+    "length, distances", [(2, (1,)), (3, (2,)), (4, (2, 3)), (7, (2, 3, 4, 5, 6)), (50, (2, 3, 4, 5, 6))]
+)
 def test_maps_of_few_rows_have_as_many_distances_as_fit(length: int, distances: tuple[int, ...]) -> None:
     head = head_for(InfoNCE(), numbers(2, 3, length, length), classes(2))
     assert head.distances == distances == tuple(range(distances[0], distances[0] + len(head.predict)))
@@ -121,7 +123,9 @@ def test_half_precision_features_give_a_float32_loss(dtype: torch.dtype) -> None
 
 def model() -> torch.nn.Sequential:
     convs = [torch.nn.Sequential(torch.nn.Conv2d(3, 3, 3, padding=1), torch.nn.ReLU()) for _ in range(4)]
-    return torch.nn.Sequential(*convs, torch.nn.Flatten(), torch.nn.Linear(75, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+    return torch.nn.Sequential(
+        *convs, torch.nn.Flatten(), torch.nn.Linear(75, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1)
+    )
 
 
 def test_cuts_that_carry_vectors_are_not_chosen_and_refused_where_they_are_asked_for() -> None:

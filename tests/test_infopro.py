@@ -38,7 +38,9 @@ def error_by_hand(found: Tensor, wanted: Tensor) -> float:
 def entropy_by_hand(logits: Tensor, wanted: Tensor) -> float:
     """Binary cross-entropy."""
     chances = [1 / (1 + math.exp(-v)) for v in logits.flatten().tolist()]
-    terms = [-t * math.log(p) - (1 - t) * math.log(1 - p) for p, t in zip(chances, wanted.flatten().tolist(), strict=True)]
+    terms = [
+        -t * math.log(p) - (1 - t) * math.log(1 - p) for p, t in zip(chances, wanted.flatten().tolist(), strict=True)
+    ]
     return sum(terms) / len(terms)
 
 
@@ -56,7 +58,11 @@ def decoded(head: nn.Module, maps: Tensor, sizes: tuple[int, ...]) -> Tensor:
 @settings(max_examples=10, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(2, 4), st.integers(1, 3), st.integers(0, 99))
 def test_images_are_reconstructed_from_maps(rows: int, channels: int, side: int, scale: int, seed: int) -> None:
-    x, image, y = numbers(rows, channels, side, side, seed=seed), numbers(rows, 3, scale * side, scale * side), classes(rows)
+    x, image, y = (
+        numbers(rows, channels, side, side, seed=seed),
+        numbers(rows, 3, scale * side, scale * side),
+        classes(rows),
+    )
     head = head_for(placed(InfoPro(channels=5, **ALONE), image), x, y)
     expected = error_by_hand(decoded(head, x, tuple(image.shape[2:])), image)
     assert head(x, image, y)[0].item() == pytest.approx(expected, rel=1e-10)
@@ -67,7 +73,9 @@ def test_binary_cross_entropy_undoes_the_normalisation() -> None:
     pixels = torch.rand(2, 3, 8, 8, dtype=torch.float64)
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
     shape = (1, 3, 1, 1)
-    image = (pixels - torch.tensor(mean, dtype=torch.float64).view(shape)) / torch.tensor(std, dtype=torch.float64).view(shape)
+    image = (pixels - torch.tensor(mean, dtype=torch.float64).view(shape)) / torch.tensor(
+        std, dtype=torch.float64
+    ).view(shape)
     x, y = numbers(2, 4, 4, 4), classes(2)
     head = head_for(placed(InfoPro(error="bce", mean=mean, std=std, **ALONE), image), x, y)
     expected = entropy_by_hand(decoded(head, x, (8, 8)), pixels)
@@ -197,7 +205,12 @@ def test_a_head_without_its_place_is_refused() -> None:
         (lambda: InfoPro(mean=(0.5,)), "mean="),
         (lambda: InfoPro(task="supcon"), "task='supcon'"),  # type: ignore[arg-type]
         (lambda: InfoPro.paper("all"), "labels='all'"),
-        (lambda: head_for(placed(InfoPro(mean=(1.0, 2.0), std=(1.0, 1.0)), numbers(2, 3)), numbers(2, 5), classes(2)), "2 channels"),
+        (
+            lambda: head_for(
+                placed(InfoPro(mean=(1.0, 2.0), std=(1.0, 1.0)), numbers(2, 3)), numbers(2, 5), classes(2)
+            ),
+            "2 channels",
+        ),
     ],
 )
 def test_choices_are_checked(build: Any, said: str) -> None:
@@ -239,7 +252,9 @@ def test_the_input_crosses_every_cut_before_a_stage_that_reads_it_and_is_counted
     assert [cut.input for cut in plan.cuts] == ["input_1", "input_1", None]  # the last hidden stage has l1 = 0
     crossing = [[item.name == "input_1" for item in cut.crossing].count(True) for cut in plan.cuts]
     assert crossing == [1, 0, 0]
-    plans = [plan_of(loss=loss, cut_at=cut_at) for loss in (InfoPro(reconstruction=(1, 1)), InfoPro(reconstruction=(0, 0)))]
+    plans = [
+        plan_of(loss=loss, cut_at=cut_at) for loss in (InfoPro(reconstruction=(1, 1)), InfoPro(reconstruction=(0, 0)))
+    ]
     with_input, without = plans
     more = [a.num_bytes - b.num_bytes for a, b in zip(with_input.cuts, without.cuts, strict=True)]
     assert more == [8 * 3 * 16 * 4] * 2 + [0]
