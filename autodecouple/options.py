@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,9 @@ from autodecouple.devices import Device
 from autodecouple.errors import InputError, PlanError
 from autodecouple.executors import EXECUTORS
 from autodecouple.executors.world import one_lane_per_rank, world_size
+from autodecouple.graph import Graph
 from autodecouple.objectives import Objective
+from autodecouple.passes.carry import place_objectives
 from autodecouple.passes.measuring.updates import MakeOptimizer
 from autodecouple.passes.partition import check_n_stages
 from autodecouple.passes.place import check_lane, default_devices
@@ -108,6 +111,10 @@ class Wish:
         recompute = recompute or (plan is not None and plan.recompute)
         levers = tuple(cut_at), memory_limit, tuple(no_split), detach_classifier
         return Wish(n_stages, found, lanes, *levers, plan, cost, recompute, optimizer)
+
+    def placed(self, graph: Graph) -> Wish:
+        """The wish with objectives that know where they stand, and what enters the model."""
+        return dataclasses.replace(self, objectives=place_objectives(self.objectives, graph))
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,13 @@ from autodecouple.executors.job import Job
 from autodecouple.graph import Graph
 from autodecouple.objectives.criterion import Criterion
 from autodecouple.objectives.gather import gathered_head
+from autodecouple.objectives.objective import Objective
 from autodecouple.options import Capturing, Options, Wish
 from autodecouple.passes import verify
 from autodecouple.passes.candidates import Candidate, find_cuts, keep_whole
 from autodecouple.passes.capturing.bind import bind
 from autodecouple.passes.capturing.tied import Untied, untie
+from autodecouple.passes.carry import carry_inputs, reserve, written_inputs
 from autodecouple.passes.charge import (
     charge_flops,
     charge_nanoseconds,
@@ -89,6 +91,7 @@ def decide(graph: Graph, candidates: tuple[Candidate, ...], wish: Wish, example_
     example_inputs: where costs are measured the model runs on these; None is random ones of the example's sizes
     """
     candidates = keep_whole(graph, candidates, wish.no_split) if wish.no_split else candidates
+    wish = wish.placed(graph)
     if wish.cost == "flops":
         plan = arrange(graph, candidates, wish, charge_flops(graph, lanes_of(wish), wish.recompute))
     else:
@@ -112,6 +115,7 @@ def arrange(graph: Graph, candidates: tuple[Candidate, ...], wish: Wish, charges
     if wish.plan is not None:
         return _fit(wish.plan, graph, candidates, wish)
     classifier = find_classifier(graph, candidates, wish.detach_classifier) if wish.detach_classifier else None
+    here = per_stage(charges, wish.n_stages, wish.n_stages + (classifier is not None))
     plan = choose_cuts(
         graph,
         candidates,
@@ -120,8 +124,9 @@ def arrange(graph: Graph, candidates: tuple[Candidate, ...], wish: Wish, charges
         cut_at=wish.cut_at,
         memory_limit=wish.memory_limit,
         classifier=classifier,
-        charges=per_stage(charges, wish.n_stages, wish.n_stages + (classifier is not None)),
+        charges=reserve(here, wish.objectives),
     )
+    plan = carry_inputs(plan, wish.objectives)
     costs = lane_costs(plan, charges, wish.objectives)
     return assign_lanes(plan, wish.devices, glued=(wish.n_stages,) if classifier else (), costs=costs)
 
@@ -153,7 +158,7 @@ def _fit(plan: Plan, graph: Graph, candidates: tuple[Candidate, ...], wish: Wish
         dataclasses.replace(stage, **{name: getattr(given, name) for name in kept})
         for stage, given in zip(fitted.stages, plan.stages, strict=True)
     )
-    return dataclasses.replace(fitted, stages=stages, links=plan.links)
+    return carry_inputs(dataclasses.replace(fitted, stages=stages, links=plan.links), wish.objectives)
 
 
 _PLACED = ("lane", "device", "speed")
@@ -225,12 +230,16 @@ class Pipeline:
     @functools.cached_property
     def signal(self) -> TensorSpec:
         """What targets must look like: of any classes, where neither a head nor the default criterion counts them."""
-        detached = [o for o, cut in zip(self.options.wish.objectives, self.plan.cuts, strict=True) if cut.detached]
-        counted = not self.criterion.own or any(getattr(o, "needs_classes", True) for o in detached)
+        counted = not self.criterion.own or any(getattr(o, "needs_classes", True) for o in self._local)
         return self.graph.signal if counted else dataclasses.replace(self.graph.signal, num_classes=None)
 
+    @property
+    def _local(self) -> list[Objective]:
+        """The objectives of the detached cuts."""
+        return [o for o, cut in zip(self.options.wish.objectives, self.plan.cuts, strict=True) if cut.detached]
+
     def _check_target(self, target: Any, rows: int) -> None:
-        needs_classes = any(not self.plan.coupled_after(cut) for cut in range(len(self.plan.cuts)))
+        needs_classes = any(getattr(objective, "needs_target", True) for objective in self._local)
         if needs_classes or not self.criterion.own:
             check_classes(target, rows, self.signal)
         elif isinstance(target, torch.Tensor) and target.ndim and target.shape[0] != rows:
@@ -244,7 +253,8 @@ def build(model: nn.Module | Graph, example_inputs: Any, example_target: Any, op
     verify.plan_fits(graph, plan)
     programs = Programs(plan, options.schedule, graph.smallest_batch)
     program = programs.full  # raises where the schedule does not suit the plan
-    heads = [_head(graph, plan, index, options) for index in range(len(plan.cuts))]
+    objectives = options.wish.placed(graph).objectives
+    heads = [_head(graph, plan, index, objectives[index], options.seed) for index in range(len(plan.cuts))]
     constants = {index: leaf for index, leaf in enumerate(graph.outputs) if not isinstance(leaf, fx.Node)}
     criterion = Criterion(options.criterion, graph.out_spec, constants)
     module = insert_heads(graph, plan, heads, criterion)
@@ -253,17 +263,11 @@ def build(model: nn.Module | Graph, example_inputs: Any, example_target: Any, op
     verify.stages_fit(codes, plan)
     dims = _batch_dims(graph, codes)
     stages = make_stages(options.backend, codes, plan, options.training, dims)
-    inference, written = emit_inference(graph, plan), _written_inputs(graph)
+    inference, written = emit_inference(graph, plan), written_inputs(graph)
     executor = EXECUTORS[options.executor](stages, program, threads_per_lane(program))  # last: it starts workers
     return Pipeline(
         graph, candidates, plan, module, codes, criterion, stages, programs, executor, inference, written, options
     )
-
-
-def _written_inputs(graph: Graph) -> frozenset[str]:
-    """Inputs whose memory the model's forward writes into."""
-    writes = {storage for node in graph.operations for storage in graph.measures[node.name].writes}
-    return frozenset(spec.name for spec in graph.inputs if graph.measures[spec.name].storages & writes)
 
 
 def threads_per_lane(program: Program) -> int:
@@ -271,14 +275,14 @@ def threads_per_lane(program: Program) -> int:
     return max(1, torch.get_num_threads() // len(program.lanes))
 
 
-def _head(graph: Graph, plan: Plan, index: int, options: Options) -> nn.Module | None:
+def _head(graph: Graph, plan: Plan, index: int, objective: Objective, seed: int) -> nn.Module | None:
     """The head at a cut, initialised from a key of its own: it does not depend on the other cuts."""
     cut = plan.cuts[index]
     if not cut.detached:
         return None
     specs = [dataclasses.replace(cut.spec(name), name="features") for name in cut.features]
-    with verify.seeded(Randomness(options.seed).key(cut.after)), torch.device("cpu"):
-        return gathered_head(options.wish.objectives[index], specs, graph.signal)
+    with verify.seeded(Randomness(seed).key(cut.after)), torch.device("cpu"):
+        return gathered_head(objective, specs, graph.signal)
 
 
 def _batch_dims(graph: Graph, codes: tuple[StageCode, ...]) -> dict[str, int | None]:

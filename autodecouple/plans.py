@@ -59,6 +59,7 @@ class Cut:
     detached:   no gradient crosses; False couples the two stages as in backpropagation
     encodes:    the head passes on a signal of its own, so the next stage's loss waits for it
     recomputed: values that later stages use as well and compute again, of what crosses and what the model owns
+    input:      the model's input that the head compares with, None for most; it crosses the cuts before this one
     """
 
     after: str
@@ -72,6 +73,7 @@ class Cut:
     detached: bool = True
     encodes: bool = False
     recomputed: tuple[str, ...] = ()
+    input: str | None = None
 
     @property
     def num_bytes(self) -> int:

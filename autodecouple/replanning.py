@@ -31,7 +31,8 @@ def replan(pipeline: Pipeline, n_stages: int | None, min_gain: float) -> Pipelin
         raise InputError(
             "replan() sees the times of one process only: save, and compile again with plan=, on every process"
         )
-    wish = _wish(pipeline, n_stages)
+    asked = _wish(pipeline, n_stages)
+    wish = asked.placed(pipeline.graph)
     observed = seconds_per_batch(pipeline.executor.timeline)
     if not observed:
         raise InputError(
@@ -45,7 +46,7 @@ def replan(pipeline: Pipeline, n_stages: int | None, min_gain: float) -> Pipelin
     if n_stages is None and not _is_better(found, pipeline, charge, min_gain):
         return None
     plan = dataclasses.replace(found, links=pipeline.plan.links if len(found.lanes) == len(pipeline.plan.lanes) else ())
-    return _rebuilt(pipeline, dataclasses.replace(wish, plan=plan, n_stages=len(plan.stages)))
+    return _rebuilt(pipeline, dataclasses.replace(asked, plan=plan, n_stages=len(plan.stages)))
 
 
 def _wish(pipeline: Pipeline, n_stages: int | None) -> Wish:
@@ -86,7 +87,7 @@ def _is_better(found: Plan, pipeline: Pipeline, charge: Charge, min_gain: float)
     """Whether the slowest lane gains enough; both plans at the same charges."""
     plan = pipeline.plan
     charges = [dataclasses.replace(charge, speed=plan.stages[lane[0]].speed) for lane in plan.lanes]
-    now = with_seconds(plan, charges, pipeline.options.wish.objectives)
+    now = with_seconds(plan, charges, pipeline.options.wish.placed(pipeline.graph).objectives)
     return _slowest_lane(found) < (1 - min_gain) * _slowest_lane(now)
 
 

@@ -39,7 +39,7 @@ def insert_heads(graph: Graph, plan: Plan, heads: Sequence[nn.Module | None], cr
     """The training graph with the plan in it.
 
     heads:     one module per hidden stage, None before a coupled cut; forward(features, signal, mask=None) gives
-               (loss, next signal)
+               (loss, next signal); an input that it compares with stands before the signal
     criterion: forward(*computed output leaves, target) gives (loss, target)
     """
     work = fx.Graph()
@@ -153,8 +153,8 @@ def _branch(
     """The head beside the cut: (loss, the signal it passes on)."""
     mask = _token_mask(work, index, cut, by_name)
     kwargs: dict[str, Any] = {} if mask is None else {"mask": mask}
-    features = [by_name[name] for name in cut.features]
-    head = work.call_module(f"{OURS}.heads.{index}", (*features, signal), kwargs)
+    read = [by_name[name] for name in (*cut.features, *([cut.input] if cut.input is not None else []))]
+    head = work.call_module(f"{OURS}.heads.{index}", (*read, signal), kwargs)
     loss = work.call_function(operator.getitem, (head, 0))
     encoded = work.call_function(operator.getitem, (head, 1))
     for node in (head, loss, encoded):

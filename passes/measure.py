@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from autodecouple.graph import LEAF, Graph, attribute, dtype_from, spec_of
 from autodecouple.objectives.gather import gathered_head
-from autodecouple.objectives.objective import Objective
+from autodecouple.objectives.objective import Objective, input_of
 from autodecouple.passes.measuring.flops import flop_counter
 from autodecouple.passes.measuring.lifetimes import Footprint, Measured
 from autodecouple.passes.measuring.profile import PeakMemory, Profile, Profiler, Workspaces, keyed
@@ -65,9 +65,10 @@ def _head_cost(objective: Objective, features: tuple[TensorSpec, ...], signal: T
     with torch.inference_mode(False), torch.enable_grad(), FakeTensorMode(), torch.random.fork_rng(devices=[]):
         head = gathered_head(objective, features, signal)
         read = [torch.empty(f.shape, dtype=dtype_from(f.dtype), requires_grad=True) for f in features]
-        target = torch.zeros(signal.shape, dtype=dtype_from(signal.dtype))
+        compared = [signal] if (entered := input_of(objective)) is None else [entered, signal]
+        given = [torch.zeros(spec.shape, dtype=dtype_from(spec.dtype)) for spec in compared]
         with flop_counter() as counter, PeakMemory() as memory:
-            loss, _ = head(*read, target)
+            loss, _ = head(*read, *given)
             loss.backward()
         parameters = list(head.parameters())
     sizes = [p.numel() * p.element_size() for p in parameters]

@@ -6,6 +6,7 @@ one is taken that cuts at module boundaries and moves the fewest bytes.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 
@@ -61,7 +62,8 @@ def choose_cuts(
     else:
         plan = _best(costs, stages, objectives, limits)
     if plan is None or not _fits(plan, limits):
-        raise PartitionError(_impossible(count, limits, legal, explicit=bool(cut_at)))
+        given = [dataclasses.replace(charge, reserved_bytes=0).limit(memory_limit) for charge in charges]
+        raise PartitionError(_impossible(count, given, legal, explicit=bool(cut_at)))
     return plan
 
 
@@ -84,6 +86,9 @@ def _checked(
     """The plan with these cuts, None if one of its stages is not allowed."""
     begins, ends = [0, *(end + 1 for end in chosen)], [*chosen, len(costs.legal)]
     allowed = all(runs.holds(*stage) for runs, *stage in zip(stages, begins, ends, strict=True))
+    if not allowed:
+        for begin, end, objective in zip(begins, chosen, objectives, strict=False):
+            costs.heads.cost(end, costs.starts[begin], objective)  # one that refuses its cut says why
     return costs.plan(chosen, objectives) if allowed else None
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from autodecouple.errors import InputError
 from autodecouple.graph import dtype_name
-from autodecouple.objectives import DeInfoReg, EarlyExit, Objective, SupCon
+from autodecouple.objectives import DGL, DeInfoReg, EarlyExit, InfoPro, Objective, PredSim, SupCon
 from autodecouple.plans import TensorSpec
 
 torch.set_num_threads(1)
@@ -29,6 +29,13 @@ SMALL: list[Any] = [
     EarlyExit(hidden=8),
     EarlyExit(hidden=None),
 ]
+ALL: list[Any] = [
+    *SMALL,
+    DGL(width=8),
+    PredSim(beta=0.5),
+    InfoPro(SupCon(hidden=8, out=6), reconstruction=(0, 0)),
+]
+"""With those whose convolutions normalise before it is known which positions count."""
 CASES: list[tuple[tuple[int, ...], tuple[int, ...]]] = [
     ((6, 4, 5), (6, 4)),
     ((6, 4, 5), (6, 8)),
@@ -108,7 +115,7 @@ def test_tokens_with_labels_are_rows(objective: Objective) -> None:
     same_state(tokens, vectors)
 
 
-@pytest.mark.parametrize("objective", SMALL, ids=repr)
+@pytest.mark.parametrize("objective", ALL, ids=repr)
 def test_a_batch_in_which_no_label_counts_trains_nothing(objective: Objective) -> None:
     for x, y in (draw(2, (6, 5), (6,)), draw(2, (6, 4, 5), (6, 4)), draw(2, (1, 5), (1,))):
         head = head_for(objective, x, y)
@@ -161,7 +168,7 @@ def test_the_number_of_positions_is_limited(objective: Objective) -> None:
 # Every case of features and labels
 
 
-@pytest.mark.parametrize("objective", SMALL, ids=repr)
+@pytest.mark.parametrize("objective", ALL, ids=repr)
 @pytest.mark.parametrize("shape, labels", CASES, ids=str)
 def test_any_labels_give_a_finite_loss_and_gradient(
     objective: Objective, shape: tuple[int, ...], labels: tuple[int, ...]
@@ -178,7 +185,7 @@ def test_any_labels_give_a_finite_loss_and_gradient(
     assert loss.isfinite() and gradient.isfinite().all() and gradient.ne(0).any()
 
 
-@pytest.mark.parametrize("objective", SMALL, ids=repr)
+@pytest.mark.parametrize("objective", ALL, ids=repr)
 @pytest.mark.parametrize("shape, labels", CASES, ids=str)
 def test_heads_run_on_fake_and_meta_tensors(
     objective: Objective, shape: tuple[int, ...], labels: tuple[int, ...]
@@ -194,7 +201,7 @@ def test_heads_run_on_fake_and_meta_tensors(
     assert x.grad is not None and x.grad.is_meta
 
 
-@pytest.mark.parametrize("objective", SMALL, ids=repr)
+@pytest.mark.parametrize("objective", ALL, ids=repr)
 @pytest.mark.parametrize("shape, labels", CASES, ids=str)
 def test_losses_under_autocast_are_taken_in_float32(
     objective: Objective, shape: tuple[int, ...], labels: tuple[int, ...]
@@ -209,7 +216,7 @@ def test_losses_under_autocast_are_taken_in_float32(
     torch.testing.assert_close(loss, head(x, y)[0], rtol=0.1, atol=0.1)
 
 
-@pytest.mark.parametrize("objective", SMALL, ids=repr)
+@pytest.mark.parametrize("objective", ALL, ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.complex64])
 @pytest.mark.parametrize("shape, labels", [((6, 5), (6,)), ((6, 4, 5), (6, 4)), ((6, 3, 4, 4), (6, 4, 4))], ids=str)
 def test_any_number_format_gives_a_float32_loss(
@@ -222,7 +229,7 @@ def test_any_number_format_gives_a_float32_loss(
     assert gradient.dtype == dtype and gradient.isfinite().all() and gradient.ne(0).any()
 
 
-@pytest.mark.parametrize("objective", SMALL, ids=repr)
+@pytest.mark.parametrize("objective", ALL, ids=repr)
 @pytest.mark.parametrize("dtype", ["float64", "complex128"])
 def test_double_precision_stays(objective: Objective, dtype: str) -> None:
     x, y = draw(9, (6, 4, 5), (6, 4))
@@ -232,7 +239,7 @@ def test_double_precision_stays(objective: Objective, dtype: str) -> None:
     assert all(p.dtype == torch.float64 for p in head.parameters())
 
 
-@pytest.mark.parametrize("objective", SMALL, ids=repr)
+@pytest.mark.parametrize("objective", ALL, ids=repr)
 def test_gradients_are_right_with_rows_left_out(objective: Any) -> None:
     if isinstance(objective, DeInfoReg) and objective.ce != "merge":
         objective = dataclasses.replace(objective, alpha=0)  # a detached path is no derivative
@@ -241,7 +248,7 @@ def test_gradients_are_right_with_rows_left_out(objective: Any) -> None:
     assert torch.autograd.gradcheck(lambda h: head(h, y)[0], x.requires_grad_())
 
 
-@pytest.mark.parametrize("objective", SMALL, ids=repr)
+@pytest.mark.parametrize("objective", ALL, ids=repr)
 def test_sizes_may_differ_from_the_examples(objective: Objective) -> None:
     for shape, labels, later, later_labels in [
         ((6, 4, 5), (6, 4), (3, 9, 5), (3, 9)),

@@ -14,14 +14,21 @@ from torch.nn import functional as F
 
 from autodecouple.errors import InputError
 from autodecouple.graph import dtype_name
-from autodecouple.objectives import Backprop, DeInfoReg, EarlyExit, SupCon
+from autodecouple.objectives import DGL, Backprop, DeInfoReg, EarlyExit, InfoPro, PredSim, SupCon
 from autodecouple.objectives.gather import Gather, gathered_head
 from autodecouple.objectives.layout import Layout
 from autodecouple.plans import TensorSpec
 
 torch.set_num_threads(1)
 
-OBJECTIVES: list[Any] = [SupCon(hidden=8, out=6), DeInfoReg(widths=(8, 6)), EarlyExit(hidden=8)]
+OBJECTIVES: list[Any] = [
+    SupCon(hidden=8, out=6),
+    DeInfoReg(widths=(8, 6)),
+    EarlyExit(hidden=8),
+    DGL(width=8),
+    PredSim(),
+    InfoPro(SupCon(hidden=8, out=6), reconstruction=(0, 0)),
+]
 SHAPE = tuple[int, ...]
 CROSSINGS: dict[str, tuple[list[SHAPE], SHAPE]] = {
     "pyramid": ([(6, 3, 8, 8), (6, 5, 4, 4), (6, 7, 3, 5)], (6,)),

@@ -14,7 +14,18 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autodecouple.errors import InputError
-from autodecouple.objectives import OBJECTIVES, Backprop, DeInfoReg, EarlyExit, Objective, SupCon, resolve
+from autodecouple.objectives import (
+    DGL,
+    OBJECTIVES,
+    Backprop,
+    DeInfoReg,
+    EarlyExit,
+    InfoPro,
+    Objective,
+    PredSim,
+    SupCon,
+    resolve,
+)
 from autodecouple.plans import TensorSpec
 
 torch.set_num_threads(1)
@@ -27,6 +38,9 @@ SMALL: list[Any] = [
     DeInfoReg(alpha=0, widths=(8, 6), batch_norm=False),
     EarlyExit(hidden=8),
     EarlyExit(hidden=None),
+    *(DGL(net, width=8) for net in ("mlp-sr", "cnn")),
+    PredSim(beta=0.5),
+    InfoPro(SupCon(hidden=8, out=6), reconstruction=(0, 0)),
 ]
 SHAPES = [(6, 5), (6, 4, 5), (6, 3, 7, 5), (6, 3, 1, 1), (6, 3, 4, 4), (6, 2, 3, 4, 5), (6, 2, 3, 1, 2, 3, 2)]
 
@@ -401,7 +415,7 @@ def test_resolve_repeats_one_and_takes_one_per_hidden_stage() -> None:
 @pytest.mark.parametrize(
     "loss, said",
     [
-        ("supcom", "did you mean 'supcon'.*supcon, deinforeg, early_exit, bp"),
+        ("supcom", "did you mean 'supcon'.*supcon, deinforeg, early_exit, .*bp"),
         ("zzz", "'zzz' is not known; There are: supcon"),
         (["supcon"] * 2, "2 objectives, but 4 stages have 3 hidden"),
         (SupCon, r"SupCon is a class; pass an objective: SupCon\(\)"),

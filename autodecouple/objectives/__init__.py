@@ -8,13 +8,31 @@ from collections.abc import Callable, Sequence
 from autodecouple.errors import InputError
 from autodecouple.objectives.backprop import Backprop
 from autodecouple.objectives.deinforeg import DeInfoReg
+from autodecouple.objectives.dgl import DGL
 from autodecouple.objectives.early_exit import EarlyExit
+from autodecouple.objectives.infonce import InfoNCE
+from autodecouple.objectives.infopro import InfoPro
 from autodecouple.objectives.objective import Objective
+from autodecouple.objectives.predsim import PredSim
 from autodecouple.objectives.supcon import SupCon
 
-__all__ = ["OBJECTIVES", "Backprop", "DeInfoReg", "EarlyExit", "Objective", "SupCon", "resolve"]
+__all__ = [
+    "DGL",
+    "OBJECTIVES",
+    "Backprop",
+    "DeInfoReg",
+    "EarlyExit",
+    "InfoNCE",
+    "InfoPro",
+    "Objective",
+    "PredSim",
+    "SupCon",
+    "resolve",
+]
 
-OBJECTIVES: dict[str, Callable[[], Objective]] = {kind.name: kind for kind in (SupCon, DeInfoReg, EarlyExit, Backprop)}
+KINDS: tuple[type[Objective], ...] = (SupCon, DeInfoReg, EarlyExit, PredSim, DGL, InfoPro, InfoNCE, Backprop)
+
+OBJECTIVES: dict[str, Callable[[], Objective]] = {str(kind.name): kind for kind in KINDS}
 """What `loss=` takes by name; called, each gives the objective with its defaults."""
 
 

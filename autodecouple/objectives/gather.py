@@ -18,9 +18,9 @@ from autodecouple.plans import TensorSpec
 def gathered_head(objective: Objective, features: Sequence[TensorSpec], signal: TensorSpec) -> nn.Module:
     """The objective's head for all of these features.
 
-    Its `forward(*features, signal, mask=None)` gives `(loss, next_signal)`; the mask is for the first of them. One
-    tensor goes to the objective's own head, several are joined first (see `Gather`). Raises InputError for features
-    that heads cannot read, and whatever the objective does.
+    Its `forward(*features, signal, mask=None)` gives `(loss, next_signal)`; the mask is for the first of them. An input
+    that the objective reads comes between features and signal. One tensor goes to the objective's own head, several are
+    joined first (see `Gather`). Raises InputError for features that heads cannot read, and whatever the objective does.
     """
     if not features:
         raise InputError(f"{objective.name!r} needs something to read, but no features cross the cut")
@@ -43,9 +43,10 @@ class GatheredHead(nn.Module):
         self.head = head
 
     def forward(self, *features_and_signal: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        *features, signal = features_and_signal
-        joined = self.gather(*features, mask=mask)
-        loss, next_signal = self.head(joined, signal, mask=mask if self.gather.keeps_mask else None)
+        count = len(self.gather.layouts)
+        joined = self.gather(*features_and_signal[:count], mask=mask)
+        rest = features_and_signal[count:]  # the signal, and before it what of the model's input the head reads
+        loss, next_signal = self.head(joined, *rest, mask=mask if self.gather.keeps_mask else None)
         return loss, next_signal
 
 

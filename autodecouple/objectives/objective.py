@@ -13,8 +13,16 @@ class Objective(Protocol):
     """The rule that a stage's head optimises: a frozen dataclass, one file each, nobody subclasses them.
 
     `name` is what the plan prints and `loss=` takes. `encodes` says that its heads pass on a signal of their own
-    instead of the one they were given, so that the next stage's loss waits for this one's. One that does not care how
-    many classes there are may say so with `needs_classes = False`.
+    instead of the one they were given, so that the next stage's loss waits for this one's.
+
+    What most have no use for is optional:
+
+    needs_classes = False: it does not care how many classes there are
+    needs_target = False:  its heads do not look at the target, which may then be anything
+    placed(index, num_hidden, inputs): the same objective for one of the hidden stages, of a model with these inputs;
+                           token indices of an embedding have the size of the vocabulary as `num_classes`
+    input:                 a TensorSpec of one of these inputs, which the head is given, too: its `forward` is then
+                           (features, input, signal, mask=None). None where it is not
     """
 
     @property
@@ -36,3 +44,9 @@ class Objective(Protocol):
         gradient, the head is asked for one that joins them (`objectives.gather`).
         """
         ...
+
+
+def input_of(objective: Objective) -> TensorSpec | None:
+    """The input of the model that the objective's heads compare with, None where they read none."""
+    found: TensorSpec | None = getattr(objective, "input", None)
+    return found

@@ -28,14 +28,16 @@ class Pool(nn.Module):
 
     size=None flattens everything, as the papers do; sizes must then stay those of the example (padded tokens count
     as zeros). Why pool: on a VGG SCPL's flattening projectors hold 57.7 M parameters, the network itself 12.4 M.
+
+    layout: of what `forward` is given, where that is not the features themselves but was made of them
     """
 
-    def __init__(self, features: TensorSpec, size: int | None = 2) -> None:
+    def __init__(self, features: TensorSpec, size: int | None = 2, layout: Layout | None = None) -> None:
         super().__init__()
         if features.batch_dim is None:
             raise InputError(f"cannot pool {features}: it has no batch dimension")
         check_positive(pool=size)
-        self.layout = Layout.of(features)
+        self.layout = layout or Layout.of(features)
         positions = self.layout.positions
         self.has_tokens = self.layout.has_tokens
         self.size = size if size is None or self.has_tokens else min([size, *positions])

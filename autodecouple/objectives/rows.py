@@ -32,14 +32,20 @@ class Rows(nn.Module):
 
     max_rows: of more positions than these only so many are used, at equal distances among those that count; one
               vector per row is never left out
+    layout:   of what `forward` is given, where that is not the features themselves but was made of them
     """
 
     def __init__(
-        self, features: TensorSpec, signal: TensorSpec, pool: int | None = 2, max_rows: int | None = None
+        self,
+        features: TensorSpec,
+        signal: TensorSpec,
+        pool: int | None = 2,
+        max_rows: int | None = None,
+        layout: Layout | None = None,
     ) -> None:
         super().__init__()
-        self.layout = Layout.of(features, label_sizes(signal))
-        self.pool = None if self.layout.dense else Pool(features, pool)
+        self.layout = layout or Layout.of(features, label_sizes(signal))
+        self.pool = None if self.layout.dense else Pool(features, pool, layout)
         self.width = self.layout.width if self.pool is None else self.pool.width
         self.has_tokens = self.layout.has_tokens
         self.max_rows = max_rows
@@ -84,15 +90,18 @@ class Rows(nn.Module):
         return F.pad(nearest(signal, grid).flatten(1), (self.layout.prefix, 0), value=IGNORED)
 
     def _thin(self, rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """At most `max_rows` of the rows, those that count first; without looking at how many these are."""
         if self.max_rows is None or len(labels) <= self.max_rows:
             return rows, labels
-        counts = labels >= 0
-        order, total = (~counts).to(torch.int8).argsort(stable=True), counts.sum()
-        index = torch.arange(self.max_rows, device=labels.device)
-        # At 1, 3, 5 ... of 2 taken parts; with few that count this is the index itself, and the ignored fill up.
-        chosen = order[(2 * index + 1) * total // (2 * total.clamp(min=1, max=self.max_rows))]
+        chosen = thinned(labels >= 0, self.max_rows)
         return rows[chosen], labels[chosen]
+
+
+def thinned(counts: Tensor, number: int) -> Tensor:
+    """Indices of so many of the rows, those that count (R,) first; without looking at how many these are."""
+    order, total = (~counts).to(torch.int8).argsort(stable=True), counts.sum()
+    index = torch.arange(number, device=counts.device)
+    # At 1, 3, 5 ... of 2 taken parts; with few that count this is the index itself, and the ignored fill up.
+    return order[(2 * index + 1) * total // (2 * total.clamp(min=1, max=number))]
 
 
 def nearest(labels: Tensor, sizes: tuple[int, ...]) -> Tensor:

@@ -34,6 +34,7 @@ class Charge:
     memory_limit: bytes that a stage there may take
     updates:      part of the forward of some nodes, by their names: what the optimizer takes
     recompute:    stages run their forward again for their backward instead of keeping their activations
+    reserved_bytes: part of the limit that is taken by something else
     """
 
     graph: Graph
@@ -43,6 +44,7 @@ class Charge:
     memory_limit: int | None = None
     updates: Mapping[str, int] = field(default_factory=dict)
     recompute: bool = False
+    reserved_bytes: int = 0
 
     @property
     def prices(self) -> tuple[int, int, int]:
@@ -58,8 +60,9 @@ class Charge:
         return forward, backward
 
     def limit(self, other: int | None) -> int | None:
-        """The tighter of the lane's limit and another one."""
-        return min((limit for limit in (self.memory_limit, other) if limit is not None), default=None)
+        """The tighter of the lane's limit and another one, less what is reserved of it."""
+        known = [limit for limit in (self.memory_limit, other) if limit is not None]
+        return min(known) - self.reserved_bytes if known else None
 
 
 def charged(graph: Graph, amounts: Mapping[str, Amount]) -> Graph:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autodecouple.errors import InputError
 from autodecouple.objectives.objective import Objective
 from autodecouple.passes.candidates import Candidate
 from autodecouple.passes.measure import HeadCost, head_cost
@@ -68,18 +69,25 @@ class HeadCosts:
         return self._known[key]
 
     def runs(self, objective: Objective) -> HeadRuns:
-        """The heads at every legal cut."""
-        rows = (row for end in range(len(self.legal)) for row in self._rows(end, objective))
+        """The heads at every legal cut but those that the objective refuses; its InputError where these are all."""
+        refused: list[InputError] = []
+        rows = (row for end in range(len(self.legal)) for row in self._rows(end, objective, refused))
         end, first, last, price, *memory = columns(rows, 7)
+        if refused and not len(end):
+            raise refused[0]
         return HeadRuns(end, first, last, price, HeadMemory(*memory))
 
-    def _rows(self, end: int, objective: Objective) -> Iterator[tuple[int, ...]]:
+    def _rows(self, end: int, objective: Objective, refused: list[InputError]) -> Iterator[tuple[int, ...]]:
         """A head reads more, the earlier its stage begins: at or before each of the thresholds of what it may read."""
         reads, last = self.legal[end].reads, end
         thresholds = sorted({threshold for _, threshold in reads[1:] if threshold >= 0}, reverse=True)
         for start, following in zip((2**62, *thresholds), (*thresholds, -1), strict=True):
             first = bisect_right(self.starts, following)
-            cost = self.cost(end, start, objective)
-            if first <= last:
-                yield end, first, last, cost.flops, cost.parameter_bytes, cost.largest_bytes, cost.peak_bytes
+            try:
+                cost = self.cost(end, start, objective)
+            except InputError as error:
+                refused.append(error)
+            else:
+                if first <= last:
+                    yield end, first, last, cost.flops, cost.parameter_bytes, cost.largest_bytes, cost.peak_bytes
             last = min(last, first - 1)

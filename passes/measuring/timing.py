@@ -20,7 +20,7 @@ from autodecouple.graph import Graph
 from autodecouple.objectives.criterion import Criterion
 from autodecouple.objectives.gather import gathered_head
 from autodecouple.objectives.heads import full_precision
-from autodecouple.objectives.objective import Objective
+from autodecouple.objectives.objective import Objective, input_of
 from autodecouple.passes.codegen import rehome_graph
 from autodecouple.passes.measure import HeadCost, head_cost
 from autodecouple.passes.measuring import blocks
@@ -194,7 +194,7 @@ class HeadTimes:
         if key not in self._known:
             with self._bench.entered() as clock:
                 head = gathered_head(objective, features, signal).to(self._bench.device)
-                self._known[key] = time_loss(head, features, signal, clock)
+                self._known[key] = time_loss(head, features, signal, clock, input_of(objective))
         update = round(counted.parameter_bytes * self._per_byte)
         return dataclasses.replace(counted, flops=self._known[key] + update)
 
@@ -207,16 +207,23 @@ def time_criterion(graph: Graph, bench: Bench) -> int:
         return time_loss(Criterion(None, pytree.tree_structure(0)), [graph.logits], graph.signal, clock)
 
 
-def time_loss(module: nn.Module, features: Sequence[TensorSpec], signal: TensorSpec, clock: Clock) -> int:
-    """Nanoseconds of forward and backward of a module (*features, signal) -> (loss, ...)."""
+def time_loss(
+    module: nn.Module,
+    features: Sequence[TensorSpec],
+    signal: TensorSpec,
+    clock: Clock,
+    input: TensorSpec | None = None,
+) -> int:
+    """Nanoseconds of forward and backward of a module (*features, [input,] signal) -> (loss, ...)."""
     read = [random_like(spec).to(clock.device) for spec in features]
-    target = random_like(signal, signal.num_classes or 2).to(clock.device)
+    compared = [signal] if input is None else [input, signal]
+    given = [random_like(spec, spec.num_classes or 2).to(clock.device) for spec in compared]
 
     def sample() -> tuple[int, ...]:
         module.zero_grad(set_to_none=True)
         leaves = [_leaf(value, True) for value in read]
         start = clock.mark()
-        loss = module(*leaves, target)[0]
+        loss = module(*leaves, *given)[0]
         with full_precision(loss):
             loss.backward()
         return (clock.between(start, clock.mark()),)
