@@ -20,6 +20,7 @@ from autodecouple.executors.job import Job
 from autodecouple.graph import Graph
 from autodecouple.objectives.criterion import Criterion
 from autodecouple.objectives.gather import gathered_head
+from autodecouple.objectives.objective import signal_of
 from autodecouple.options import Capturing, Options, Wish
 from autodecouple.passes import verify
 from autodecouple.passes.candidates import Candidate, find_cuts, keep_whole
@@ -272,8 +273,9 @@ def _head(graph: Graph, plan: Plan, index: int, options: Options) -> nn.Module |
     if not cut.detached:
         return None
     specs = [dataclasses.replace(cut.spec(name), name="features") for name in cut.features]
+    objectives = options.wish.objectives
     with verify.seeded(Randomness(options.seed).key(cut.after)), torch.device("cpu"):
-        return gathered_head(options.wish.objectives[index], specs, graph.signal)
+        return gathered_head(objectives[index], specs, signal_of(index, objectives, graph.signal))
 
 
 def _batch_dims(graph: Graph, codes: tuple[StageCode, ...]) -> dict[str, int | None]:

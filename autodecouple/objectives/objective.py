@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import nn
 
 from autodecouple.plans import TensorSpec
 
+Signal = TensorSpec | tuple[TensorSpec, ...]
+"""What a head compares with, as specs: the target, or what the last encoding head before it passes on."""
+
 
 class Objective(Protocol):
     """The rule that a stage's head optimises: a frozen dataclass, one file each, nobody subclasses them.
 
-    `name` is what the plan prints and `loss=` takes. `encodes` says that its heads pass on a signal of their own
-    instead of the one they were given, so that the next stage's loss waits for this one's. One that does not care how
-    many classes there are may say so with `needs_classes = False`.
+    `name` is what the plan prints and `loss=` takes. `encodes` says that its heads pass on a signal of their own,
+    which the next head that encodes is given instead of the target, so that its loss waits for this one's; such an
+    objective may say what that looks like, `encoding(signal)`, where it differs from the signal that came in. One that
+    does not care how many classes there are may say so with `needs_classes = False`.
+
+    A head that can answer what the model is asked says so with `predicts = True`, and its `predict(features,
+    mask=None)` gives the scores of the classes, (N, C), or (N, *positions, C) where every position has a label. An
+    encoding head gives a code there, (..., width), and its `decode` brings such a code back to what its signal was
+    in: to a code of the encoding head before it, or, of the first one, to scores (see `autodecouple.exits`).
     """
 
     @property
@@ -22,7 +32,7 @@ class Objective(Protocol):
     @property
     def encodes(self) -> bool: ...
 
-    def head(self, features: TensorSpec, signal: TensorSpec) -> nn.Module:
+    def head(self, features: TensorSpec, signal: Signal) -> nn.Module:
         """The head for features and a signal of these shapes.
 
         features: any rank from two on, rows at `batch_dim`; real or complex, of any precision
@@ -36,3 +46,17 @@ class Objective(Protocol):
         gradient, the head is asked for one that joins them (`objectives.gather`).
         """
         ...
+
+
+def signal_of(stage: int, objectives: Sequence[Objective], target: TensorSpec) -> Signal:
+    """What the head of a hidden stage compares with, as its objective is told it."""
+    signal: Signal = target
+    for objective in objectives[:stage] if objectives[stage].encodes else ():
+        if objective.encodes and hasattr(objective, "encoding"):
+            signal = objective.encoding(signal)
+    return signal
+
+
+def labels_of(signal: Signal) -> TensorSpec:
+    """The target's own spec: what encoding heads pass on begins with it."""
+    return signal[0] if isinstance(signal, tuple) else signal

@@ -20,7 +20,7 @@ from autodecouple.graph import Graph
 from autodecouple.objectives.criterion import Criterion
 from autodecouple.objectives.gather import gathered_head
 from autodecouple.objectives.heads import full_precision
-from autodecouple.objectives.objective import Objective
+from autodecouple.objectives.objective import Objective, Signal
 from autodecouple.passes.codegen import rehome_graph
 from autodecouple.passes.measure import HeadCost, head_cost
 from autodecouple.passes.measuring import blocks
@@ -184,7 +184,7 @@ class HeadTimes:
         self._bench = bench
         self._known: dict[Any, int] = {}
 
-    def __call__(self, objective: Objective, features: Sequence[TensorSpec], signal: TensorSpec) -> HeadCost:
+    def __call__(self, objective: Objective, features: Sequence[TensorSpec], signal: Signal) -> HeadCost:
         counted = head_cost(objective, features, signal)
         key = (objective if isinstance(objective, Hashable) else id(objective), *features, signal)
         if key not in self._known:
@@ -202,10 +202,10 @@ def time_criterion(graph: Graph, bench: Bench) -> int:
         return time_loss(Criterion(None, pytree.tree_structure(0)), [graph.logits], graph.signal, clock)
 
 
-def time_loss(module: nn.Module, features: Sequence[TensorSpec], signal: TensorSpec, clock: Clock) -> int:
+def time_loss(module: nn.Module, features: Sequence[TensorSpec], signal: Signal, clock: Clock) -> int:
     """Nanoseconds of forward and backward of a module (*features, signal) -> (loss, ...)."""
     read = [random_like(spec).to(clock.device) for spec in features]
-    target = random_like(signal, signal.num_classes or 2).to(clock.device)
+    target = pytree.tree_map(lambda spec: random_like(spec, spec.num_classes or 2).to(clock.device), signal)
 
     def sample() -> tuple[int, ...]:
         module.zero_grad(set_to_none=True)
