@@ -59,11 +59,13 @@ def divide(graph: Graph, plan: Plan) -> tuple[Piece, ...] | None:
     if graph.evaluation is None:
         return None
     evaluation = annotate(dataclasses.replace(graph, train=graph.evaluation))
-    homes = parameter_stages(graph, plan)
-    ends = piece_ends(evaluation, plan, homes)
+    homes, alike = parameter_stages(graph, plan), Counterparts(graph, evaluation)
+    found = {cut.after: alike.find(cut.after) for cut in plan.cuts}
+    own = {name: evaluation.measures[node.name].position for name, node in found.items() if node is not None}
+    ends = piece_ends(evaluation, plan, homes, own)
     if ends is None:
         return None
-    divider = _Divider(graph, evaluation, plan, homes, ends)
+    divider = _Divider(evaluation, plan, homes, ends, alike)
     return tuple(map(divider.piece, range(len(plan.stages))))
 
 
@@ -77,7 +79,7 @@ class _Divider:
     """Builds the pieces out of the whole evaluation graph; a value keeps its name in every piece."""
 
     def __init__(
-        self, graph: Graph, evaluation: Graph, plan: Plan, homes: Mapping[str, int], ends: Iterable[int]
+        self, evaluation: Graph, plan: Plan, homes: Mapping[str, int], ends: Iterable[int], alike: Counterparts
     ) -> None:
         self.evaluation = evaluation
         self.plan = plan
@@ -86,8 +88,8 @@ class _Divider:
         self.symbols = batch_symbols(evaluation)
         stops = [0, *(end + 1 for end in ends), len(self.nodes)]
         self.ranges = list(itertools.pairwise(stops))
-        alike = Counterparts(graph, evaluation)
-        self.reads = [self._reads(alike, index, cut) for index, cut in enumerate(plan.cuts)]
+        self.alike = alike
+        self.reads = [self._reads(index, cut) for index, cut in enumerate(plan.cuts)]
 
     def piece(self, index: int) -> Piece:
         inside = dict.fromkeys(self.nodes[slice(*self.ranges[index])])
@@ -106,10 +108,10 @@ class _Divider:
             mask=mask.name if mask is not None else None,
         )
 
-    def _reads(self, alike: Counterparts, index: int, cut: Cut) -> tuple[list[fx.Node] | None, fx.Node | None]:
+    def _reads(self, index: int, cut: Cut) -> tuple[list[fx.Node] | None, fx.Node | None]:
         """What the head at a cut reads here: features and mask."""
         names = [*cut.features, *([cut.mask] if cut.mask is not None else [])]
-        found = [alike.find(name) for name in names]
+        found = [self.alike.find(name) for name in names]
         stop = self.ranges[index][1]
         nodes = [node for node in found if node is not None and self._position(node) < stop]
         if len(nodes) < len(names) or self._written_since(nodes, cut, stop):
@@ -121,8 +123,9 @@ class _Divider:
 
     def _written_since(self, nodes: Iterable[fx.Node], cut: Cut, stop: int) -> bool:
         """Whether the piece goes on behind the cut, and writes there into what the head reads."""
-        own = self.evaluation.measures.get(cut.after)
-        later = self.nodes[own.position + 1 : stop] if own is not None else []
+        own = self.alike.find(cut.after)
+        start = self._position(own) + 1 if own is not None else min(map(self._position, nodes), default=0) + 1
+        later = self.nodes[start:stop]
         memory = {storage for node in nodes for storage in self.evaluation.measures[node.name].storages}
         return any(self.evaluation.measures[node.name].writes & memory for node in later)
 

@@ -31,21 +31,24 @@ def emit_inference(graph: Graph, plan: Plan) -> fx.GraphModule | None:
     return _Mover(evaluation, devices, homes, ends).module() if ends is not None else None
 
 
-def piece_ends(evaluation: Graph, plan: Plan, homes: Mapping[str, int]) -> list[int] | None:
+def piece_ends(
+    evaluation: Graph, plan: Plan, homes: Mapping[str, int], own: Mapping[str, int] | None = None
+) -> list[int] | None:
     """Last position of each stage but the last: the plan's own where it can be, else the first that can; None if none.
 
     evaluation: the graph with its evaluation mode in the place of the training mode, measured; homes: the stages of the
-                parameters
+                parameters; own: where the nodes before the plan's cuts lie in it, None for those of the same names
     """
     positions = {node.name: i for i, node in enumerate(evaluation.operations)}
+    own = positions if own is None else own
     uses = {name: at for name, at in evaluation.parameter_uses().items() if name in homes}
     ends: list[int] = []
     for index, cut in enumerate(plan.cuts):
         before = max((p for name, at in uses.items() if homes[name] <= index for p in at), default=0)
         behind = min((p for name, at in uses.items() if homes[name] > index for p in at), default=len(positions))
         allowed = range(max([before, *ends[-1:]]), behind)
-        own = [positions[cut.after]] if positions.get(cut.after, -1) in allowed else []
-        end = next((p for p in (*own, *allowed) if not _parts_memory(evaluation, p)), None)
+        first = [own[cut.after]] if own.get(cut.after, -1) in allowed else []
+        end = next((p for p in (*first, *allowed) if not _parts_memory(evaluation, p)), None)
         if end is None:
             return None
         ends.append(end)

@@ -401,7 +401,7 @@ def test_resolve_repeats_one_and_takes_one_per_hidden_stage() -> None:
 @pytest.mark.parametrize(
     "loss, said",
     [
-        ("supcom", "did you mean 'supcon'.*supcon, deinforeg, early_exit, bp"),
+        ("supcom", "did you mean 'supcon'.*supcon, deinforeg, early_exit, associated, bp"),
         ("zzz", "'zzz' is not known; There are: supcon"),
         (["supcon"] * 2, "2 objectives, but 4 stages have 3 hidden"),
         (SupCon, r"SupCon is a class; pass an objective: SupCon\(\)"),

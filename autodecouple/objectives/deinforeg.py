@@ -140,7 +140,7 @@ class DeInfoRegHead(nn.Module):
         rows = self.rows.vectors(features, mask)
         flat = rows.flatten(0, -2)
         scores: Tensor = self.classifier(flat if self.objective.ce == "unmerge" else self.projector(flat))
-        return scores.unflatten(0, rows.shape[:-1])
+        return scores.reshape(*rows.shape[:-1], -1)
 
     def _logits(self, rows: Tensor, embeddings: Tensor, counts: Tensor) -> Tensor:
         # merge:    h -- P --+-- V, I, Cov     paper:    h ------- P -- V, I, Cov     unmerge:  h ------- P -- V, I, Cov

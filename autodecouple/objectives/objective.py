@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -32,13 +32,14 @@ class Objective(Protocol):
     @property
     def encodes(self) -> bool: ...
 
-    def head(self, features: TensorSpec, signal: Signal) -> nn.Module:
+    def head(self, features: TensorSpec, signal: Any) -> nn.Module:
         """The head for features and a signal of these shapes.
 
         features: any rank from two on, rows at `batch_dim`; real or complex, of any precision
         signal:   the target: class indices, int64, one per row (N,), token (N, T) or position (N, H, W) or
                   (N, D, H, W), below 0 where none counts, with `num_classes` None where nothing tells their number; or
-                  anything else, float targets among them. InputError for what the objective cannot compare with
+                  anything else, float targets among them; a `Signal` where the objective encodes. InputError for what
+                  the objective cannot compare with
 
         Its `forward(features, signal, mask=None)` gives `(loss, next_signal)`: a scalar loss and what the next
         stage's head compares with. `mask` is a bool tensor (N, T), True where a token counts; it is passed where a
