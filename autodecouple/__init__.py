@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from autodecouple.api import capture, compile, plan, simulate
     from autodecouple.decoupled import Decoupled
     from autodecouple.devices import Device
-    from autodecouple.objectives import DeInfoReg, EarlyExit, SupCon
+    from autodecouple.objectives import Associated, DeInfoReg, EarlyExit, SupCon
     from autodecouple.plans import Plan
     from autodecouple.timeline import Timeline
 
 __all__ = [
+    "Associated",
     "DeInfoReg",
     "Decoupled",
     "Device",
@@ -39,7 +40,7 @@ _HOMES = {
     "api": ("capture", "compile", "plan", "simulate"),
     "decoupled": ("Decoupled",),
     "devices": ("Device",),
-    "objectives": ("DeInfoReg", "EarlyExit", "SupCon"),
+    "objectives": ("Associated", "DeInfoReg", "EarlyExit", "SupCon"),
     "plans": ("Plan",),
     "timeline": ("Timeline",),
 }
