@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from autodecouple.api import capture, compile, plan, simulate
     from autodecouple.decoupled import Decoupled
     from autodecouple.devices import Device
-    from autodecouple.objectives import DeInfoReg, EarlyExit, SupCon
+    from autodecouple.objectives import Associated, DeInfoReg, EarlyExit, SupCon
     from autodecouple.plans import Plan
     from autodecouple.replication import DataParallel
     from autodecouple.timeline import Timeline
 
 __all__ = [
+    "Associated",
     "DataParallel",
     "DeInfoReg",
     "Decoupled",
@@ -41,7 +42,7 @@ _HOMES = {
     "api": ("capture", "compile", "plan", "simulate"),
     "decoupled": ("Decoupled",),
     "devices": ("Device",),
-    "objectives": ("DeInfoReg", "EarlyExit", "SupCon"),
+    "objectives": ("Associated", "DeInfoReg", "EarlyExit", "SupCon"),
     "plans": ("Plan",),
     "replication": ("DataParallel",),
     "timeline": ("Timeline",),

@@ -20,12 +20,14 @@ from autodecouple import checkpoints, fitting, replanning, states
 from autodecouple.epochs import Epoch
 from autodecouple.errors import CheckpointError, ClosedError, InputError
 from autodecouple.executors import Step
+from autodecouple.exits import Exits
 from autodecouple.fitting import Saving
 from autodecouple.flat import flatten
 from autodecouple.graph import Graph
 from autodecouple.options import Options
 from autodecouple.parts import part_of
 from autodecouple.passes.capturing.bind import bind
+from autodecouple.passes.divide import Piece, divide
 from autodecouple.passes.place import check_device
 from autodecouple.pipeline import Pipeline, build
 from autodecouple.plans import Plan
@@ -54,6 +56,7 @@ class Decoupled:
         self._closed = False
         self._warned = False
         self._writer = checkpoints.Writer()
+        self._divided: tuple[Pipeline, tuple[Piece, ...] | None] | None = None
 
     # ---------------------------------------------------------------- training
 
@@ -182,6 +185,20 @@ class Decoupled:
         args, kwargs = pytree.tree_map(lambda x: _to(x, devices), (args, kwargs))
         with states.evaluating(self._model), torch.no_grad():
             return self._model(*args, **kwargs)
+
+    @property
+    def exits(self) -> Exits:
+        """Answers beside the model's own: at the stages, of several together, and inference that ends early."""
+        self._gather()
+        return Exits(self)
+
+    @property
+    def _pieces(self) -> tuple[Piece, ...] | None:
+        """The evaluation mode in pieces, one per stage, made when first asked for; None where that cannot be."""
+        pipeline = self._compiled
+        if self._divided is None or self._divided[0] is not pipeline:
+            self._divided = pipeline, divide(pipeline.graph, pipeline.plan)
+        return self._divided[1]
 
     @property
     def model(self) -> nn.Module:

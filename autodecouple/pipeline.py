@@ -21,7 +21,7 @@ from autodecouple.executors.job import Job
 from autodecouple.graph import Graph
 from autodecouple.objectives.criterion import Criterion
 from autodecouple.objectives.gather import gathered_head
-from autodecouple.objectives.objective import Objective
+from autodecouple.objectives.objective import Objective, signal_of
 from autodecouple.options import Capturing, Options, Wish
 from autodecouple.passes import verify
 from autodecouple.passes.candidates import Candidate, find_cuts, keep_whole
@@ -254,7 +254,7 @@ def build(model: nn.Module | Graph, example_inputs: Any, example_target: Any, op
     programs = Programs(plan, options.schedule, graph.smallest_batch)
     program = programs.full  # raises where the schedule does not suit the plan
     objectives = options.wish.placed(graph).objectives
-    heads = [_head(graph, plan, index, objectives[index], options.seed) for index in range(len(plan.cuts))]
+    heads = [_head(graph, plan, index, objectives, options.seed) for index in range(len(plan.cuts))]
     constants = {index: leaf for index, leaf in enumerate(graph.outputs) if not isinstance(leaf, fx.Node)}
     criterion = Criterion(options.criterion, graph.out_spec, constants)
     module = insert_heads(graph, plan, heads, criterion)
@@ -275,14 +275,15 @@ def threads_per_lane(program: Program) -> int:
     return max(1, torch.get_num_threads() // len(program.lanes))
 
 
-def _head(graph: Graph, plan: Plan, index: int, objective: Objective, seed: int) -> nn.Module | None:
+def _head(graph: Graph, plan: Plan, index: int, objectives: Sequence[Objective], seed: int) -> nn.Module | None:
     """The head at a cut, initialised from a key of its own: it does not depend on the other cuts."""
     cut = plan.cuts[index]
     if not cut.detached:
         return None
     specs = [dataclasses.replace(cut.spec(name), name="features") for name in cut.features]
+    signal = signal_of(index, objectives, graph.signal)
     with verify.seeded(Randomness(seed).key(cut.after)), torch.device("cpu"):
-        return gathered_head(objective, specs, graph.signal)
+        return gathered_head(objectives[index], specs, signal)
 
 
 def _batch_dims(graph: Graph, codes: tuple[StageCode, ...]) -> dict[str, int | None]:

@@ -57,7 +57,7 @@ class Cut:
     copied:     those cloned at the cut, since something later writes into their memory
     module:     the module that ends here ("layer2.1"), "" inside one
     detached:   no gradient crosses; False couples the two stages as in backpropagation
-    encodes:    the head passes on a signal of its own, so the next stage's loss waits for it
+    encodes:    the head passes on a signal of its own, so the loss of the next stage that encodes waits for it
     recomputed: values that later stages use as well and compute again, of what crosses and what the model owns
     input:      the model's input that the head compares with, None for most; it crosses the cuts before this one
     """
@@ -219,7 +219,12 @@ class Plan:
         return stage < len(self.cuts) and not self.cuts[stage].detached
 
     def signal_source(self, stage: int) -> int | None:
-        """The stage whose head encodes the signal that this stage's loss compares with, None for the target."""
+        """The stage whose head encodes the signal that this stage's loss compares with, None for the target.
+
+        Encodings are for heads that encode, too: all others, and the criterion, compare with the target itself.
+        """
+        if stage >= len(self.cuts) or not self.cuts[stage].encodes:
+            return None
         return max((index for index, cut in enumerate(self.cuts[:stage]) if cut.encodes), default=None)
 
     def to_json(self, indent: int | None = 2) -> str:

@@ -166,7 +166,7 @@ def _check_fit(pipeline: Pipeline, state: Mapping[str, Any]) -> frozenset[str]:
 
 def _common(mine: Plan, theirs: Plan) -> frozenset[str]:
     """Places whose heads are the same: they lie at the same node, read the same values and have the same objective."""
-    return frozenset(after for after, _, _ in _places(mine) & _places(theirs)) | {LAST}
+    return frozenset(place[0] for place in _places(mine) & _places(theirs)) | {LAST}
 
 
 def _check_objectives(mine: Plan, theirs: Plan) -> None:
@@ -179,9 +179,14 @@ def _check_objectives(mine: Plan, theirs: Plan) -> None:
             )
 
 
-def _places(plan: Plan) -> set[tuple[str, tuple[str, ...], str]]:
+def _places(plan: Plan) -> set[tuple[str, tuple[str, ...], str, bool]]:
+    """The last says whether the head is given an encoding: such heads have other shapes than the first."""
     pairs = zip(plan.cuts, plan.stages, strict=False)
-    return {(cut.after, cut.features, stage.objective) for cut, stage in pairs if cut.detached}
+    return {
+        (cut.after, cut.features, stage.objective, plan.signal_source(stage.index) is not None)
+        for cut, stage in pairs
+        if cut.detached
+    }
 
 
 def _check_optimizers(pipeline: Pipeline, state: Mapping[str, Any], kept: frozenset[str]) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from autodecouple.devices import Device
 from autodecouple.graph import Graph
-from autodecouple.objectives.objective import Objective
+from autodecouple.objectives.objective import Objective, signal_of
 from autodecouple.passes.candidates import Candidate
 from autodecouple.passes.measuring.charges import Charge, average, charged, slowness, with_updates
 from autodecouple.passes.measuring.links import time_link
@@ -90,14 +90,14 @@ def stage_cost(plan: Plan, index: int, charge: Charge, objectives: Sequence[Obje
     backward = sum(cost for _, pairs in amounts for at, cost in pairs if at >= start)
     if index == len(plan.cuts):
         return forward, backward, charge.criterion, update
-    return forward, backward, _head_cost(charge, plan.cuts[index], objectives[index]), update
+    return forward, backward, _head_cost(charge, plan.cuts[index], index, objectives), update
 
 
-def _head_cost(charge: Charge, cut: Cut, objective: Objective) -> int:
+def _head_cost(charge: Charge, cut: Cut, index: int, objectives: Sequence[Objective]) -> int:
     if not cut.detached:
         return 0
     features = [dataclasses.replace(cut.spec(name), name="features") for name in cut.features]
-    return charge.head(objective, features, charge.graph.signal).flops
+    return charge.head(objectives[index], features, signal_of(index, objectives, charge.graph.signal)).flops
 
 
 def lane_costs(plan: Plan, charges: Sequence[Charge], objectives: Sequence[Objective]) -> list[list[int]]:

@@ -27,21 +27,28 @@ def emit_inference(graph: Graph, plan: Plan) -> fx.GraphModule | None:
         return None
     evaluation = annotate(dataclasses.replace(graph, train=graph.evaluation))
     homes = parameter_stages(graph, plan)
-    ends = _ends(evaluation, plan, homes)
+    ends = piece_ends(evaluation, plan, homes)
     return _Mover(evaluation, devices, homes, ends).module() if ends is not None else None
 
 
-def _ends(evaluation: Graph, plan: Plan, homes: Mapping[str, int]) -> list[int] | None:
-    """Last position of each stage but the last: the plan's own where it can be, else the first that can."""
+def piece_ends(
+    evaluation: Graph, plan: Plan, homes: Mapping[str, int], own: Mapping[str, int] | None = None
+) -> list[int] | None:
+    """Last position of each stage but the last: the plan's own where it can be, else the first that can; None if none.
+
+    evaluation: the graph with its evaluation mode in the place of the training mode, measured; homes: the stages of the
+                parameters; own: where the nodes before the plan's cuts lie in it, None for those of the same names
+    """
     positions = {node.name: i for i, node in enumerate(evaluation.operations)}
+    own = positions if own is None else own
     uses = {name: at for name, at in evaluation.parameter_uses().items() if name in homes}
     ends: list[int] = []
     for index, cut in enumerate(plan.cuts):
         before = max((p for name, at in uses.items() if homes[name] <= index for p in at), default=0)
         behind = min((p for name, at in uses.items() if homes[name] > index for p in at), default=len(positions))
         allowed = range(max([before, *ends[-1:]]), behind)
-        own = [positions[cut.after]] if positions.get(cut.after, -1) in allowed else []
-        end = next((p for p in (*own, *allowed) if not _parts_memory(evaluation, p)), None)
+        first = [own[cut.after]] if own.get(cut.after, -1) in allowed else []
+        end = next((p for p in (*first, *allowed) if not _parts_memory(evaluation, p)), None)
         if end is None:
             return None
         ends.append(end)
@@ -109,7 +116,7 @@ class _Mover:
             if self._is_recomputed(node):
                 self._run(node, device)
             else:
-                self.current[node] = self.work.call_function(_to, (self.current[node], device))
+                self.current[node] = self.work.call_function(to_device, (self.current[node], device))
 
     def _is_recomputed(self, node: fx.Node) -> bool:
         return self.evaluation.measures[node.name].recomputed
@@ -120,9 +127,9 @@ class _Mover:
         if node.op != "get_attr" or (home is not None and self.devices[home] == device):
             return self.current[node]
         if (node, device) not in self.copies:
-            self.copies[node, device] = self.work.call_function(_to, (self.current[node], device))
+            self.copies[node, device] = self.work.call_function(to_device, (self.current[node], device))
         return self.copies[node, device]
 
 
-def _to(value: Any, device: torch.device) -> Any:
+def to_device(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, torch.Tensor) else value

@@ -58,12 +58,13 @@ def insert_heads(graph: Graph, plan: Plan, heads: Sequence[nn.Module | None], cr
         last = by_name[plan.stages[index].nodes[-1]]
         with work.inserting_before(last.next):
             if heads[index] is not None:
-                loss, encoded = _branch(work, index, cut, by_name | masks[index], signal)
+                known = signal if cut.encodes else target
+                loss, encoded = _branch(work, index, cut, by_name | masks[index], known)
                 losses.append(loss)
                 signal = encoded if cut.encodes else signal
             _cross(work, index, cut, by_name)
     with work.inserting_before(work.output_node()):
-        losses.append(_criterion(work, len(plan.cuts), signal))
+        losses.append(_criterion(work, len(plan.cuts), target))
     key_randomness(work, randomness)
     _guard_group_norms(graph, plan, work)
     outputs = work.output_node().args[0]

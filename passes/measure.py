@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from autodecouple.graph import LEAF, Graph, attribute, dtype_from, spec_of
 from autodecouple.objectives.gather import gathered_head
-from autodecouple.objectives.objective import Objective, input_of
+from autodecouple.objectives.objective import Objective, Signal, input_of
 from autodecouple.passes.measuring.flops import flop_counter
 from autodecouple.passes.measuring.lifetimes import Footprint, Measured
 from autodecouple.passes.measuring.profile import PeakMemory, Profile, Profiler, Workspaces, keyed
@@ -53,7 +53,7 @@ class HeadCost:
     peak_bytes: int = 0
 
 
-def head_cost(objective: Objective, features: Sequence[TensorSpec], signal: TensorSpec) -> HeadCost:
+def head_cost(objective: Objective, features: Sequence[TensorSpec], signal: Signal) -> HeadCost:
     """Build the objective's head on fake tensors and count one training step of it; the same is counted once."""
     if isinstance(objective, Hashable):
         return _head_cost(objective, tuple(features), signal)
@@ -61,12 +61,12 @@ def head_cost(objective: Objective, features: Sequence[TensorSpec], signal: Tens
 
 
 @functools.lru_cache(maxsize=4096)
-def _head_cost(objective: Objective, features: tuple[TensorSpec, ...], signal: TensorSpec) -> HeadCost:
+def _head_cost(objective: Objective, features: tuple[TensorSpec, ...], signal: Signal) -> HeadCost:
     with torch.inference_mode(False), torch.enable_grad(), FakeTensorMode(), torch.random.fork_rng(devices=[]):
         head = gathered_head(objective, features, signal)
         read = [torch.empty(f.shape, dtype=dtype_from(f.dtype), requires_grad=True) for f in features]
         compared = [signal] if (entered := input_of(objective)) is None else [entered, signal]
-        given = [torch.zeros(spec.shape, dtype=dtype_from(spec.dtype)) for spec in compared]
+        given = pytree.tree_map(lambda spec: torch.zeros(spec.shape, dtype=dtype_from(spec.dtype)), compared)
         with flop_counter() as counter, PeakMemory() as memory:
             loss, _ = head(*read, *given)
             loss.backward()
@@ -90,7 +90,7 @@ class _FakeRun:
         self.saved: set[int] = set()  # of it, what the model owns and what autograd has saved
         self.saving: list[torch.Tensor] = []  # what autograd saves for the node that runs
         self.alive: list[torch.Tensor] = []  # and for those before: the identity of freed memory would be used again
-        self.batch_symbols = _batch_symbols(graph)
+        self.batch_symbols = batch_symbols(graph)
         self.rows = graph.num_rows
         self.guessed = False
 
@@ -243,7 +243,7 @@ class _FakeRun:
         return next((i for i, size in enumerate(sizes) if size in self.batch_symbols), None)
 
 
-def _batch_symbols(graph: Graph) -> set[str]:
+def batch_symbols(graph: Graph) -> set[str]:
     """What stands for the number of rows: the free sizes of the inputs that have the batch in front."""
     batched = {spec.name for spec in graph.inputs if spec.batch_dim == 0}
     nodes = [node for node in graph.train.graph.find_nodes(op="placeholder") if node.name in batched]
@@ -290,4 +290,4 @@ def written(node: fx.Node, storages: Callable[[fx.Node], Iterable[int]]) -> froz
     return frozenset(storage for source in sources for storage in storages(source))
 
 
-__all__ = ["HeadCost", "annotate", "flop_counter", "head_cost", "storage_of", "written"]
+__all__ = ["HeadCost", "annotate", "batch_symbols", "flop_counter", "head_cost", "storage_of", "written"]

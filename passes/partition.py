@@ -87,8 +87,8 @@ def _checked(
     begins, ends = [0, *(end + 1 for end in chosen)], [*chosen, len(costs.legal)]
     allowed = all(runs.holds(*stage) for runs, *stage in zip(stages, begins, ends, strict=True))
     if not allowed:
-        for begin, end, objective in zip(begins, chosen, objectives, strict=False):
-            costs.heads.cost(end, costs.starts[begin], objective)  # one that refuses its cut says why
+        for index, (begin, end) in enumerate(zip(begins, chosen, strict=False)):
+            costs.head(index, end, begin, objectives)  # one that refuses its cut says why
     return costs.plan(chosen, objectives) if allowed else None
 
 

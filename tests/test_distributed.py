@@ -85,6 +85,7 @@ CASES: dict[str, tuple[int, int, Any, dict[str, Any]]] = {
     "a barrier": (3, 3, "supcon", {"schedule": Streaming(barrier=True)}),
     "micro-batches": (3, 4, ["supcon", "early_exit", "supcon"], {"schedule": MicroBatched(num_micro_batches=3)}),
     "a signal that skips a lane": (4, 4, [Encoding(), "bp", Encoding()], {}),
+    "encodings of the labels": (3, 4, "associated", {"optimizer": adam}),
     "coupled stages on several ranks": (3, 4, ["bp", "supcon", "bp"], {"optimizer": adam}),
     "half an accumulation": (2, 3, "deinforeg", {"accumulate": 4, "clip_grad_norm": 0.5}),
 }

@@ -16,7 +16,7 @@ PUBLIC = {
     "autodecouple": {
         "capture", "compile", "plan", "simulate",
         "DataParallel", "Decoupled", "Device", "Plan", "Timeline",
-        "SupCon", "DeInfoReg", "EarlyExit",
+        "SupCon", "DeInfoReg", "EarlyExit", "Associated",
     },
     "autodecouple.schedules": {"Sequential", "Streaming", "MicroBatched", "GPipe", "OneFOneB"},
 }  # fmt: skip
@@ -33,7 +33,7 @@ KEYWORDS: dict[str, dict[str, Any]] = {
 """Parameters and their defaults; `...` leaves the default open."""
 
 MEMBERS = {
-    "Decoupled": {"train_step", "synchronize", "fit", "model", "__call__"},
+    "Decoupled": {"train_step", "synchronize", "fit", "model", "exits", "__call__"},
     "Plan": {"to_json", "from_json", "balance", "speedup", "_repr_mimebundle_"},
     "Timeline": {"makespan", "bubble", "busy", "_repr_mimebundle_"},
 }

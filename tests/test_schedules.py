@@ -175,17 +175,23 @@ def test_a_deadlock_between_lanes_is_told_as_the_ring_of_waits():
 
 
 def test_a_loss_that_waits_for_the_signal_of_the_stage_before_can_deadlock():
-    plan = make_plan([0, 0], encodes=True)
+    plan = make_plan([0, 0, 0], encodes=True)
     with pytest.raises(ScheduleError, match=r"deadlock: .*1L(, which)? waits for 0L"):
-        check((lane("0F0 1F0 1L 1B0 1U 0L 0B0 0U"),), plan)
+        check((lane("0F0 1F0 2F0 1L 1B0 1U 0L 0B0 0U 2L 2B0 2U"),), plan)
+
+
+def test_the_criterion_and_heads_that_encode_nothing_wait_for_no_signal():
+    """They compare with the target itself: stage 1 with a head of its own, and the last stage."""
+    plan = make_plan([0, 0, 0], encodes=[True, False])
+    check((lane("0F0 1F0 2F0 2L 2B0 2U 1L 1B0 1U 0L 0B0 0U"),), plan)
 
 
 def test_a_loss_waits_for_the_nearest_head_before_it_that_encodes_a_signal():
-    """Stage 1 has no head and passes the signal on, so the loss of stage 2 waits for that of stage 0."""
-    plan = make_plan([0, 0, 0], detached=[True, False], encodes=[True, False])
-    check((lane("0F0 1F0 2F0 0L 2L 2B0 1B0 2U 1U 0B0 0U"),), plan)
+    """Stage 1 has no head, so the loss of stage 2 waits for that of stage 0."""
+    plan = make_plan([0, 0, 0, 0], detached=[True, False, True], encodes=[True, False, True])
+    check((lane("0F0 1F0 2F0 3F0 3L 3B0 3U 0L 2L 2B0 1B0 2U 1U 0B0 0U"),), plan)
     with pytest.raises(ScheduleError, match=r"deadlock: .*2L(, which)? waits for 0L"):
-        check((lane("0F0 1F0 2F0 2L 2B0 1B0 2U 1U 0L 0B0 0U"),), plan)
+        check((lane("0F0 1F0 2F0 3F0 3L 3B0 3U 2L 2B0 1B0 2U 1U 0L 0B0 0U"),), plan)
 
 
 def test_an_update_waits_for_the_gradients_of_all_micro_batches():

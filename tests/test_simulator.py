@@ -133,9 +133,9 @@ class Verifier:
             everyone = range(len(self.plan.stages)) if self.schedule.barrier else [stage]
             return found + self.at_once([s for k in everyone for s in self.find(k, "U", batch - 1)])
         if span.action.op == "L":
-            # the features of all its rows, and the signal from the nearest stage before whose head makes a new one;
-            # stages between pass it on unchanged
-            encoders = [k for k in range(stage) if self.plan.cuts[k].encodes]
+            # the features of all its rows, and for a head that makes a signal that of the nearest such head before it
+            encoders = [k for k in range(stage) if not last and self.plan.cuts[stage].encodes]
+            encoders = [k for k in encoders if self.plan.cuts[k].encodes]
             signal = self.find(encoders[-1], "L", batch, micro) if encoders else []
             return self.at_once(self.find(stage, "F", batch, micro) + signal)
         if span.action.op == "B":

@@ -193,11 +193,11 @@ def test_a_sender_waits_for_room() -> None:
 
 
 def test_lanes_are_linked_where_something_goes() -> None:
-    """To the next lane and back; and from a head that encodes the signal to all lanes with heads that read it."""
+    """To the next lane and back; and from a head that encodes the signal to the lane with the next one that does."""
     x = TensorSpec("x", (8, 4), "float32")
-    cuts = [Cut(f"n{i}", (x,), ("x",), ("x",), detached=i != 2, encodes=i == 0) for i in range(3)]
+    cuts = [Cut(f"n{i}", (x,), ("x",), ("x",), detached=i != 1, encodes=i != 1) for i in range(3)]
     stages = [StageSpec(i, (f"n{i}",), "o", lane=i) for i in range(4)]
     program = Programs(Plan(tuple(stages), tuple(cuts)), Streaming()).full
     near = {(0, 1), (1, 0), (1, 2), (2, 1), (2, 3), (3, 2)}
-    assert pairs(program) == near | {(0, 3)}  # stage 2 is coupled to 3 and has no head
-    assert [neighbours(program, lane) for lane in range(4)] == [{1, 3}, {0, 2}, {1, 3}, {0, 2}]
+    assert pairs(program) == near | {(0, 2)}  # stage 1 is coupled to 2 and has no head, stage 3 reads the target
+    assert [neighbours(program, lane) for lane in range(4)] == [{1, 2}, {0, 2}, {0, 1, 3}, {2}]

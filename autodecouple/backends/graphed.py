@@ -182,7 +182,7 @@ class GraphedStage(Stage):
         recording = self._recording_for(work, received, randomness)
         if recording is None:
             keeps = self._recording is None and self.wants_signal
-            kept = KeptRandomness(randomness.seed, randomness.batch, randomness.micro_batch, self._warm_up.masks)
+            kept = KeptRandomness(randomness.seed, randomness.batch, randomness.micro_batch, masks=self._warm_up.masks)
             return super().forward(work, micro_batch, received, kept if keeps else randomness)
         recording.replay(received, work.signal, randomness)
         recording.leave(work)
@@ -205,10 +205,10 @@ class GraphedStage(Stage):
             super()._note(work, loss)
 
     def backward(
-        self, work: Work, micro_batch: int, gradients: Mapping[str, torch.Tensor] | None
+        self, work: Work, micro_batch: int, gradients: Mapping[str, torch.Tensor] | None, *, split: bool = False
     ) -> dict[str, torch.Tensor] | None:
         if not work.replayed:
-            return super().backward(work, micro_batch, gradients)
+            return super().backward(work, micro_batch, gradients, split=split)
         work.passages.pop(micro_batch)
         return None
 

@@ -44,7 +44,7 @@ class TracedRandomness(Randomness):
     def of(randomness: Randomness, nodes: Sequence[str]) -> TracedRandomness:
         keys = torch.tensor([randomness.key(node) for node in nodes], dtype=torch.int64)
         numbers = {node: number for number, node in enumerate(nodes)}
-        return TracedRandomness(randomness.seed, 0, 0, keys, numbers, randomness)
+        return TracedRandomness(randomness.seed, keys=keys, numbers=numbers, outside=randomness)
 
     def mask(self, x: Tensor, p: float, node: str, rows: int | None = 0) -> Tensor:
         found: Tensor = keyed_mask(x.detach(), p, self.keys, self.numbers[node])

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable, Sequence
 
 from autodecouple.errors import InputError
+from autodecouple.objectives.associated import Associated
 from autodecouple.objectives.backprop import Backprop
 from autodecouple.objectives.deinforeg import DeInfoReg
 from autodecouple.objectives.dgl import DGL
@@ -19,6 +20,7 @@ from autodecouple.objectives.supcon import SupCon
 __all__ = [
     "DGL",
     "OBJECTIVES",
+    "Associated",
     "Backprop",
     "DeInfoReg",
     "EarlyExit",
@@ -30,7 +32,7 @@ __all__ = [
     "resolve",
 ]
 
-KINDS: tuple[type[Objective], ...] = (SupCon, DeInfoReg, EarlyExit, PredSim, DGL, InfoPro, InfoNCE, Backprop)
+KINDS: tuple[type[Objective], ...] = (SupCon, DeInfoReg, EarlyExit, PredSim, DGL, InfoPro, InfoNCE, Associated, Backprop)
 
 OBJECTIVES: dict[str, Callable[[], Objective]] = {str(kind.name): kind for kind in KINDS}
 """What `loss=` takes by name; called, each gives the objective with its defaults."""

@@ -56,12 +56,13 @@ class Criterion(nn.Module):
 
 def _classes_second(output: Any, target: Any) -> torch.Tensor:
     """The logits as cross-entropy wants them: classes in dimension 1, also of tokens (N, T, V)."""
-    logits = _logits(output)
+    logits = logits_of(output)
     tokens = isinstance(target, torch.Tensor) and target.ndim == 2 and target.shape == logits.shape[:2]
     return logits.transpose(1, 2) if tokens and logits.ndim == 3 else logits
 
 
-def _logits(output: Any) -> torch.Tensor:
+def logits_of(output: Any) -> torch.Tensor:
+    """The output itself, its entry `logits`, or its only floating point tensor; else an InputError."""
     named = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
     if isinstance(named, torch.Tensor):
         return named

@@ -116,6 +116,7 @@ class DeInfoRegHead(nn.Module):
     def __init__(self, objective: DeInfoReg, rows: Rows, num_classes: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.objective = objective
+        self.predicts = objective.alpha > 0
         self.num_classes = num_classes
         self.rows = rows
         self.together = Together()
@@ -137,6 +138,13 @@ class DeInfoRegHead(nn.Module):
             if logits is not None:
                 loss = loss + self.objective.alpha * cross_entropy(widen(logits), labels)
         return loss, signal
+
+    def predict(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Scores of the classes, (N, C) or (N, *positions, C): the projector stays, as in the released code."""
+        rows = self.rows.vectors(features, mask)
+        flat = rows.flatten(0, -2)
+        scores: Tensor = self.classifier(flat if self.objective.ce == "unmerge" else self.projector(flat))
+        return scores.reshape(*rows.shape[:-1], -1)
 
     def _logits(self, rows: Tensor, embeddings: Tensor, counts: Tensor) -> Tensor:
         # merge:    h -- P --+-- V, I, Cov     paper:    h ------- P -- V, I, Cov     unmerge:  h ------- P -- V, I, Cov

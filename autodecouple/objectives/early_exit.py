@@ -74,6 +74,8 @@ class EarlyExit:
 class EarlyExitHead(nn.Module):
     """Rows, classifier, cross-entropy."""
 
+    predicts = True
+
     def __init__(self, rows: Rows, classifier: nn.Module) -> None:
         super().__init__()
         self.rows = rows
@@ -85,3 +87,8 @@ class EarlyExitHead(nn.Module):
         logits, labels = self.together(self.classifier(rows), labels)
         with full_precision(logits):
             return cross_entropy(widen(logits), labels), signal
+
+    def predict(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Scores of the classes, (N, C) or (N, *positions, C)."""
+        scores: Tensor = self.classifier(self.rows.vectors(features, mask))
+        return scores

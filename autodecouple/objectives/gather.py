@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from autodecouple.errors import InputError
 from autodecouple.objectives.heads import check_features, head_dtype, widen
 from autodecouple.objectives.layout import Layout, label_sizes
-from autodecouple.objectives.objective import Objective
+from autodecouple.objectives.objective import Objective, Signal, labels_of
 from autodecouple.objectives.pool import Pool, mean_cells
 from autodecouple.plans import TensorSpec
 
 
-def gathered_head(objective: Objective, features: Sequence[TensorSpec], signal: TensorSpec) -> nn.Module:
+def gathered_head(objective: Objective, features: Sequence[TensorSpec], signal: Signal) -> nn.Module:
     """The objective's head for all of these features.
 
     Its `forward(*features, signal, mask=None)` gives `(loss, next_signal)`; the mask is for the first of them. An input
@@ -30,7 +30,7 @@ def gathered_head(objective: Objective, features: Sequence[TensorSpec], signal: 
         check_features(objective.name, spec)
         if spec.shape[spec.batch_dim or 0] != features[0].shape[features[0].batch_dim or 0]:
             raise InputError(f"{objective.name!r} reads {features[0]} and {spec} at once, but their rows differ")
-    gather = Gather(features, label_sizes(signal))
+    gather = Gather(features, label_sizes(labels_of(signal)))
     return GatheredHead(gather, objective.head(gather.spec, signal))
 
 
@@ -41,6 +41,7 @@ class GatheredHead(nn.Module):
         super().__init__()
         self.gather = gather
         self.head = head
+        self.predicts = getattr(head, "predicts", False)
 
     def forward(self, *features_and_signal: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         count = len(self.gather.layouts)
@@ -48,6 +49,17 @@ class GatheredHead(nn.Module):
         rest = features_and_signal[count:]  # the signal, and before it what of the model's input the head reads
         loss, next_signal = self.head(joined, *rest, mask=mask if self.gather.keeps_mask else None)
         return loss, next_signal
+
+    def predict(self, *features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """As the head, where it predicts."""
+        joined = self.gather(*features, mask=mask)
+        scores: Tensor = self.head.predict(joined, mask if self.gather.keeps_mask else None)  # type: ignore[operator]
+        return scores
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """As the head, where it encodes."""
+        decoded: Tensor = self.head.decode(codes)  # type: ignore[operator]
+        return decoded
 
 
 class Gather(nn.Module):

@@ -62,6 +62,12 @@ class Rows(nn.Module):
         ignored = labels < 0
         return widen(rows.masked_fill(ignored.unsqueeze(1), 0)), labels.masked_fill(ignored, IGNORED)
 
+    def vectors(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What is compared, without labels to choose by: (N, width), or (N, *positions, width) of all positions."""
+        if self.pool is not None:
+            return widen(self.pool(features, mask))
+        return widen(self.layout.arrange(features).movedim(1, -1))
+
     def _check(self, num_rows: int, signal: Tensor) -> None:
         if signal.dtype != torch.int64 or signal.ndim not in (1, self.num_dims) or signal.shape[0] != num_rows:
             raise InputError(

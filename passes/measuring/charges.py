@@ -10,7 +10,7 @@ from fractions import Fraction
 from typing import Protocol
 
 from autodecouple.graph import Graph
-from autodecouple.objectives.objective import Objective
+from autodecouple.objectives.objective import Objective, Signal
 from autodecouple.passes.measure import HeadCost, head_cost
 from autodecouple.plans import TensorSpec
 
@@ -21,7 +21,7 @@ Amount = tuple[int, tuple[tuple[int, int], ...]]
 class HeadPrice(Protocol):
     """A head's cost, whatever it is counted in, in the place of its FLOPs."""
 
-    def __call__(self, objective: Objective, features: Sequence[TensorSpec], signal: TensorSpec) -> HeadCost: ...
+    def __call__(self, objective: Objective, features: Sequence[TensorSpec], signal: Signal) -> HeadCost: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +106,7 @@ def average(charges: Sequence[Charge]) -> Charge:
     def total(parts: Sequence[int]) -> int:
         return sum(int(part * weight) for part, weight in zip(parts, weights, strict=True))
 
-    def head(objective: Objective, features: Sequence[TensorSpec], signal: TensorSpec) -> HeadCost:
+    def head(objective: Objective, features: Sequence[TensorSpec], signal: Signal) -> HeadCost:
         costs = [charge.head(objective, features, signal) for charge in charges]
         return dataclasses.replace(costs[0], flops=total([cost.flops for cost in costs]))
 

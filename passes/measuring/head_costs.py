@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from autodecouple.errors import InputError
-from autodecouple.objectives.objective import Objective
+from autodecouple.objectives.objective import Objective, Signal
 from autodecouple.passes.candidates import Candidate
 from autodecouple.passes.measure import HeadCost, head_cost
 from autodecouple.passes.measuring.charges import HeadPrice
 from autodecouple.passes.measuring.columns import columns
 from autodecouple.passes.measuring.stage_memory import HeadMemory
-from autodecouple.plans import TensorSpec
 
 
 @dataclass(frozen=True)
@@ -48,43 +47,44 @@ class HeadRuns:
 class HeadCosts:
     """Asks for each head once: heads that read the same shapes cost the same."""
 
-    def __init__(self, legal: Sequence[Candidate], signal: TensorSpec, price: HeadPrice = head_cost) -> None:
+    def __init__(self, legal: Sequence[Candidate], price: HeadPrice = head_cost) -> None:
         self.legal = legal
         self.starts = [0, *(candidate.position + 1 for candidate in legal)]
-        self.signal = signal
         self.price = price
         self._known: dict[Any, HeadCost] = {}
 
-    def cost(self, end: int, start: int, objective: Objective) -> HeadCost:
+    def cost(self, end: int, start: int, objective: Objective, signal: Signal) -> HeadCost:
         """Of the objective's head on what it reads at a legal cut, in a stage that begins at a position."""
         if objective.name == "bp":
             return HeadCost(0, 0, 0)
         cut = self.legal[end].cut
         assert cut is not None
         specs = [cut.spec(name) for name in self.legal[end].features(start)]
-        key = id(objective), *((spec.shape, spec.dtype, spec.batch_dim) for spec in specs)
+        key = id(objective), signal, *((spec.shape, spec.dtype, spec.batch_dim) for spec in specs)
         if key not in self._known:
             features = [dataclasses.replace(spec, name="features") for spec in specs]
-            self._known[key] = self.price(objective, features, self.signal)
+            self._known[key] = self.price(objective, features, signal)
         return self._known[key]
 
-    def runs(self, objective: Objective) -> HeadRuns:
+    def runs(self, objective: Objective, signal: Signal) -> HeadRuns:
         """The heads at every legal cut but those that the objective refuses; its InputError where these are all."""
         refused: list[InputError] = []
-        rows = (row for end in range(len(self.legal)) for row in self._rows(end, objective, refused))
+        rows = (row for end in range(len(self.legal)) for row in self._rows(end, objective, signal, refused))
         end, first, last, price, *memory = columns(rows, 7)
         if refused and not len(end):
             raise refused[0]
         return HeadRuns(end, first, last, price, HeadMemory(*memory))
 
-    def _rows(self, end: int, objective: Objective, refused: list[InputError]) -> Iterator[tuple[int, ...]]:
+    def _rows(
+        self, end: int, objective: Objective, signal: Signal, refused: list[InputError]
+    ) -> Iterator[tuple[int, ...]]:
         """A head reads more, the earlier its stage begins: at or before each of the thresholds of what it may read."""
         reads, last = self.legal[end].reads, end
         thresholds = sorted({threshold for _, threshold in reads[1:] if threshold >= 0}, reverse=True)
         for start, following in zip((2**62, *thresholds), (*thresholds, -1), strict=True):
             first = bisect_right(self.starts, following)
             try:
-                cost = self.cost(end, start, objective)
+                cost = self.cost(end, start, objective, signal)
             except InputError as error:
                 refused.append(error)
             else:

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from autodecouple.graph import Graph, Measure
-from autodecouple.objectives.objective import Objective
+from autodecouple.objectives.objective import Objective, Signal
 from autodecouple.passes.measure import HeadCost, head_cost
 from autodecouple.passes.measuring.charges import Amount, Charge, charged
 from autodecouple.passes.measuring.updates import charge_updates
@@ -46,7 +46,7 @@ def charge_observed(graph: Graph, plan: Plan, seconds: Seconds) -> Charge:
         amounts |= _amounts(graph.measures, stage, seconds, updates, coupled=coupled)
     per_flop, per_byte = _scales_of_heads(plan, seconds)
 
-    def head(objective: Objective, features: Sequence[TensorSpec], signal: TensorSpec) -> HeadCost:
+    def head(objective: Objective, features: Sequence[TensorSpec], signal: Signal) -> HeadCost:
         counted = head_cost(objective, features, signal)
         return dataclasses.replace(counted, flops=round(counted.flops * per_flop + counted.parameter_bytes * per_byte))
 

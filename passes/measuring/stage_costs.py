@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from autodecouple.graph import Graph
-from autodecouple.objectives.objective import Objective
+from autodecouple.objectives.objective import Objective, Signal, signal_of
 from autodecouple.passes.candidates import Candidate
 from autodecouple.passes.measure import HeadCost
 from autodecouple.passes.measuring.charges import Charge
@@ -25,8 +25,9 @@ from autodecouple.passes.partitioning.runs import StageRuns
 from autodecouple.passes.partitioning.sums import RunSums
 from autodecouple.plans import Cut, Plan, StageSpec
 
-Kind = tuple[bool, bool, int | None]
-"""Whether a stage is coupled to the one before and to the one behind, and its objective's id, None for the last."""
+Kind = tuple[bool, bool, tuple[int, Signal] | None]
+"""Whether a stage is coupled to the one before and to the one behind, and its objective's id with what that compares
+with, None for the last."""
 
 
 class StageCosts:
@@ -46,9 +47,9 @@ class StageCosts:
         self.nodes = graph.operations
         self.starts = [0, *(candidate.position + 1 for candidate in legal)]
         self.ends = [*(candidate.position for candidate in legal), len(self.nodes) - 1]
-        self.heads = HeadCosts(legal, graph.signal, self.charge.head)
+        self.heads = HeadCosts(legal, self.charge.head)
         self._walks: dict[tuple[bool, bool], MemoryWalk] = {}  # by whether start and end are coupled
-        self._head_runs: dict[int, HeadRuns] = {}  # by the objective's id
+        self._head_runs: dict[tuple[int, Signal], HeadRuns] = {}  # by the objective's id and signal
         self._runs: dict[Kind, StageRuns] = {}
 
     @cached_property
@@ -74,7 +75,11 @@ class StageCosts:
 
     def kind(self, stage: int, objectives: Sequence[Objective]) -> Kind:
         coupled = [False, *(objective.name == "bp" for objective in objectives), False]
-        return coupled[stage], coupled[stage + 1], id(objectives[stage]) if stage < len(objectives) else None
+        head = (id(objectives[stage]), self._signal(stage, objectives)) if stage < len(objectives) else None
+        return coupled[stage], coupled[stage + 1], head
+
+    def _signal(self, stage: int, objectives: Sequence[Objective]) -> Signal:
+        return signal_of(stage, objectives, self.graph.signal)
 
     def runs(self, stage: int, objectives: Sequence[Objective]) -> StageRuns:
         """The stages that may be stage number `stage`: those that train something which their head sees."""
@@ -89,7 +94,7 @@ class StageCosts:
             end, start, head = torch.tensor([[len(self.legal)], [0], [self.charge.criterion]])
             runs = StageRuns(sums, end, start, self._last_starts[end], head)
         else:
-            heads, blind = self._heads(objectives[stage]), objectives[stage].name != "bp"
+            heads, blind = self._heads(stage, objectives), objectives[stage].name != "bp"
             first = torch.maximum(heads.first, self._seen[heads.end]) if blind else heads.first
             last = torch.minimum(heads.last, self._last_starts[heads.end])
             runs = StageRuns(sums, heads.end, first, last, heads.price)
@@ -131,10 +136,15 @@ class StageCosts:
         """(legal cuts,) the first start of a stage all of whose parameters a head there sees."""
         return self._segments(torch.tensor([candidate.blind for candidate in self.legal], dtype=torch.int64)) + 1
 
-    def _heads(self, objective: Objective) -> HeadRuns:
-        if id(objective) not in self._head_runs:
-            self._head_runs[id(objective)] = self.heads.runs(objective)
-        return self._head_runs[id(objective)]
+    def head(self, stage: int, end: int, begin: int, objectives: Sequence[Objective]) -> HeadCost:
+        """Of the head of a stage from a start to a legal cut."""
+        return self.heads.cost(end, self.starts[begin], objectives[stage], self._signal(stage, objectives))
+
+    def _heads(self, stage: int, objectives: Sequence[Objective]) -> HeadRuns:
+        objective, signal = objectives[stage], self._signal(stage, objectives)
+        if (id(objective), signal) not in self._head_runs:
+            self._head_runs[id(objective), signal] = self.heads.runs(objective, signal)
+        return self._head_runs[id(objective), signal]
 
     @cached_property
     def _lives(self) -> Lifetimes:
@@ -153,7 +163,7 @@ class StageCosts:
         memory = self.memory(stage, objectives).stages(begin, *ends)
         head = self._criterion_memory()
         if stage < len(objectives):
-            head = self._heads(objectives[stage]).memory_from(begin, *ends)
+            head = self._heads(stage, objectives).memory_from(begin, *ends)
         step = memory.step(head, self.charge.recompute)
         return step + (1 + OPTIMIZER_STATES) * (memory.weights + head.parameters) + memory.frozen
 
@@ -183,7 +193,9 @@ class StageCosts:
     def _stage(self, index: int, begin: int, end: int, objectives: Sequence[Objective]) -> StageSpec:
         start, stop = self.starts[begin], self.ends[end] + 1
         last, coupled = index == len(objectives), self.kind(index, objectives)[0]
-        head = HeadCost(0, 0, 0) if last else self.heads.cost(end, start, objectives[index])
+        head = HeadCost(0, 0, 0)
+        if not last:
+            head = self.head(index, end, begin, objectives)
         flops = {p: self._node_flops(p, -1 if coupled else start) for p in range(start, stop)}
         parameters = [p for position in range(start, stop) for p in self.first_uses.get(position, [])]
         weights = sum(map(_num_bytes, parameters))

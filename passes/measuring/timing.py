@@ -20,7 +20,7 @@ from autodecouple.graph import Graph
 from autodecouple.objectives.criterion import Criterion
 from autodecouple.objectives.gather import gathered_head
 from autodecouple.objectives.heads import full_precision
-from autodecouple.objectives.objective import Objective, input_of
+from autodecouple.objectives.objective import Objective, Signal, input_of
 from autodecouple.passes.codegen import rehome_graph
 from autodecouple.passes.measure import HeadCost, head_cost
 from autodecouple.passes.measuring import blocks
@@ -188,7 +188,7 @@ class HeadTimes:
         self._per_byte = per_byte
         self._known: dict[Any, int] = {}
 
-    def __call__(self, objective: Objective, features: Sequence[TensorSpec], signal: TensorSpec) -> HeadCost:
+    def __call__(self, objective: Objective, features: Sequence[TensorSpec], signal: Signal) -> HeadCost:
         counted = head_cost(objective, features, signal)
         key = (objective if isinstance(objective, Hashable) else id(objective), *features, signal)
         if key not in self._known:
@@ -210,14 +210,14 @@ def time_criterion(graph: Graph, bench: Bench) -> int:
 def time_loss(
     module: nn.Module,
     features: Sequence[TensorSpec],
-    signal: TensorSpec,
+    signal: Signal,
     clock: Clock,
     input: TensorSpec | None = None,
 ) -> int:
     """Nanoseconds of forward and backward of a module (*features, [input,] signal) -> (loss, ...)."""
     read = [random_like(spec).to(clock.device) for spec in features]
     compared = [signal] if input is None else [input, signal]
-    given = [random_like(spec, spec.num_classes or 2).to(clock.device) for spec in compared]
+    given = pytree.tree_map(lambda spec: random_like(spec, spec.num_classes or 2).to(clock.device), compared)
 
     def sample() -> tuple[int, ...]:
         module.zero_grad(set_to_none=True)
