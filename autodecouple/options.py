@@ -51,7 +51,10 @@ class Capturing:
 
 @dataclass(frozen=True)
 class Wish:
-    """What a plan is asked to be; `n_stages` counts without the extra stage of a detached classifier."""
+    """What a plan is asked to be; `n_stages` counts without the extra stage of a detached classifier.
+
+    notes: what was chosen where the choice was left open, and why
+    """
 
     n_stages: int
     objectives: tuple[Objective, ...]
@@ -63,6 +66,7 @@ class Wish:
     plan: Plan | None = None
     cost: str = "flops"
     recompute: bool = False
+    notes: tuple[str, ...] = ()
 
     @staticmethod
     def checked(

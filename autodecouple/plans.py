@@ -59,6 +59,7 @@ class Cut:
     detached:   no gradient crosses; False couples the two stages as in backpropagation
     encodes:    the head passes on a signal of its own, so the next stage's loss waits for it
     recomputed: values that later stages use as well and compute again, of what crosses and what the model owns
+    sides:      further values of what crosses that the head reads, where it is made of the model's own blocks
     """
 
     after: str
@@ -72,6 +73,7 @@ class Cut:
     detached: bool = True
     encodes: bool = False
     recomputed: tuple[str, ...] = ()
+    sides: tuple[str, ...] = ()
 
     @property
     def num_bytes(self) -> int:

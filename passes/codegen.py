@@ -27,7 +27,7 @@ class StageCode:
     head:        the head, or the criterion on the last stage; None before a coupled cut
     head_inputs: what the head takes before the signal; a mask stands last, by keyword
     mask:        its name, if there is one
-    draws:       whether the body takes the randomness
+    draws:       whether the body takes the randomness; head_draws: whether the head does, by keyword
     written:     buffers that the body writes (BatchNorm statistics, counters), by name
     overwrites:  inputs whose memory the body writes into
     origins:     names in the plan of values that were detached or copied at a cut, where they differ
@@ -41,6 +41,7 @@ class StageCode:
     head_inputs: tuple[str, ...]
     mask: str | None
     draws: bool
+    head_draws: bool
     written: tuple[str, ...]
     overwrites: tuple[str, ...] = ()
     origins: Mapping[str, str] = field(default_factory=dict)
@@ -137,6 +138,7 @@ class _Splitter:
             head_inputs=tuple(node.name for node in reads),
             mask=mask.name if isinstance(mask, fx.Node) else None,
             draws=any(map(_is_randomness, inputs)),
+            head_draws=head is not None and "randomness" in head.kwargs,
             written=self._written(body),
             overwrites=self._overwrites(body, inputs),
             origins={node.name: node.meta[ORIGIN] for node in self.nodes if ORIGIN in node.meta},

@@ -38,8 +38,8 @@ ORIGIN = "autodecouple_origin"
 def insert_heads(graph: Graph, plan: Plan, heads: Sequence[nn.Module | None], criterion: nn.Module) -> fx.GraphModule:
     """The training graph with the plan in it.
 
-    heads:     one module per hidden stage, None before a coupled cut; forward(features, signal, mask=None) gives
-               (loss, next signal)
+    heads:     one module per hidden stage, None before a coupled cut; forward(*features, *sides, signal, mask=None)
+               gives (loss, next signal). One that says `draws` takes the randomness, too
     criterion: forward(*computed output leaves, target) gives (loss, target)
     """
     work = fx.Graph()
@@ -58,7 +58,9 @@ def insert_heads(graph: Graph, plan: Plan, heads: Sequence[nn.Module | None], cr
         last = by_name[plan.stages[index].nodes[-1]]
         with work.inserting_before(last.next):
             if heads[index] is not None:
-                loss, encoded = _branch(work, index, cut, by_name | masks[index], signal)
+                draws_in_head = getattr(heads[index], "draws", False)
+                given = by_name | masks[index]
+                loss, encoded = _branch(work, index, cut, given, signal, randomness if draws_in_head else None)
                 losses.append(loss)
                 signal = encoded if cut.encodes else signal
             _cross(work, index, cut, by_name)
@@ -148,12 +150,18 @@ class _Again:
 
 
 def _branch(
-    work: fx.Graph, index: int, cut: Cut, by_name: dict[str, fx.Node], signal: fx.Node
+    work: fx.Graph,
+    index: int,
+    cut: Cut,
+    by_name: dict[str, fx.Node],
+    signal: fx.Node,
+    randomness: fx.Node | None,
 ) -> tuple[fx.Node, fx.Node]:
     """The head beside the cut: (loss, the signal it passes on)."""
     mask = _token_mask(work, index, cut, by_name)
     kwargs: dict[str, Any] = {} if mask is None else {"mask": mask}
-    features = [by_name[name] for name in cut.features]
+    kwargs |= {} if randomness is None else {"randomness": randomness}
+    features = [by_name[name] for name in (*cut.features, *cut.sides)]
     head = work.call_module(f"{OURS}.heads.{index}", (*features, signal), kwargs)
     loss = work.call_function(operator.getitem, (head, 0))
     encoded = work.call_function(operator.getitem, (head, 1))

@@ -64,7 +64,7 @@ def head_cost(objective: Objective, features: Sequence[TensorSpec], signal: Tens
 def _head_cost(objective: Objective, features: tuple[TensorSpec, ...], signal: TensorSpec) -> HeadCost:
     with torch.inference_mode(False), torch.enable_grad(), FakeTensorMode(), torch.random.fork_rng(devices=[]):
         head = gathered_head(objective, features, signal)
-        read = [torch.empty(f.shape, dtype=dtype_from(f.dtype), requires_grad=True) for f in features]
+        read = [_read(spec) for spec in features]
         target = torch.zeros(signal.shape, dtype=dtype_from(signal.dtype))
         with flop_counter() as counter, PeakMemory() as memory:
             loss, _ = head(*read, target)
@@ -73,6 +73,11 @@ def _head_cost(objective: Objective, features: tuple[TensorSpec, ...], signal: T
     sizes = [p.numel() * p.element_size() for p in parameters]
     count = sum(p.numel() for p in parameters)
     return HeadCost(counter.get_total_flops(), count, sum(sizes), max(sizes, default=0), memory.peak)
+
+
+def _read(spec: TensorSpec) -> torch.Tensor:
+    made = torch.empty(spec.shape, dtype=dtype_from(spec.dtype))
+    return made.requires_grad_(made.is_floating_point() or made.is_complex())
 
 
 class _FakeRun:

@@ -6,15 +6,29 @@ import difflib
 from collections.abc import Callable, Sequence
 
 from autodecouple.errors import InputError
+from autodecouple.objectives.auto import Auto
 from autodecouple.objectives.backprop import Backprop
 from autodecouple.objectives.deinforeg import DeInfoReg
+from autodecouple.objectives.downstream import Downstream
 from autodecouple.objectives.early_exit import EarlyExit
 from autodecouple.objectives.objective import Objective
 from autodecouple.objectives.supcon import SupCon
 
-__all__ = ["OBJECTIVES", "Backprop", "DeInfoReg", "EarlyExit", "Objective", "SupCon", "resolve"]
+__all__ = [
+    "OBJECTIVES",
+    "Auto",
+    "Backprop",
+    "DeInfoReg",
+    "Downstream",
+    "EarlyExit",
+    "Objective",
+    "SupCon",
+    "resolve",
+]
 
-OBJECTIVES: dict[str, Callable[[], Objective]] = {kind.name: kind for kind in (SupCon, DeInfoReg, EarlyExit, Backprop)}
+OBJECTIVES: dict[str, Callable[[], Objective]] = {
+    kind.name: kind for kind in (SupCon, DeInfoReg, EarlyExit, Downstream, Auto, Backprop)
+}
 """What `loss=` takes by name; called, each gives the objective with its defaults."""
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import dataclasses
+from collections.abc import Hashable
+from typing import Any, Protocol
 
 from torch import nn
 
-from autodecouple.plans import TensorSpec
+from autodecouple.plans import Cut, TensorSpec
 
 
 class Objective(Protocol):
@@ -14,7 +16,10 @@ class Objective(Protocol):
 
     `name` is what the plan prints and `loss=` takes. `encodes` says that its heads pass on a signal of their own
     instead of the one they were given, so that the next stage's loss waits for this one's. One that does not care how
-    many classes there are may say so with `needs_classes = False`.
+    many classes there are may say so with `needs_classes = False`, one that takes whatever the criterion does with
+    `takes_any_target = True`. One with `needs_graph = True` is bound to the captured model by `passes.equip`, and then
+    has `at(cut)`: the objective for one cut, which names the `sides` that its head reads beside the features and builds
+    a `joint_head(features, signal)` of several of them.
     """
 
     @property
@@ -36,3 +41,25 @@ class Objective(Protocol):
         gradient, the head is asked for one that joins them (`objectives.gather`).
         """
         ...
+
+
+def at_cut(objective: Objective, cut: Cut) -> tuple[Objective, Cut]:
+    """The objective as it is at a cut, and the cut with what its head reads there."""
+    if not hasattr(objective, "at"):
+        return objective, cut
+    placed = objective.at(cut)
+    return placed, dataclasses.replace(cut, sides=placed.sides, mask=None)
+
+
+def read_at(cut: Cut) -> list[TensorSpec]:
+    """Specs of what the head at a cut reads, in order: the features, all under that name, then the sides."""
+    features = [dataclasses.replace(cut.spec(name), name="features") for name in cut.features]
+    return [*features, *(cut.spec(name) for name in cut.sides)]
+
+
+def price_key(objective: Objective) -> Hashable:
+    """Equal for objectives whose heads cost the same on the same features."""
+    signature = getattr(objective, "signature", None)
+    if signature is None:
+        return objective if isinstance(objective, Hashable) else id(objective)
+    return tuple(signature)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autodecouple.objectives.objective import Objective
+from autodecouple.objectives.objective import Objective, at_cut, price_key, read_at
 from autodecouple.passes.candidates import Candidate
 from autodecouple.passes.measure import HeadCost, head_cost
 from autodecouple.passes.measuring.charges import HeadPrice
@@ -60,11 +60,12 @@ class HeadCosts:
             return HeadCost(0, 0, 0)
         cut = self.legal[end].cut
         assert cut is not None
-        specs = [cut.spec(name) for name in self.legal[end].features(start)]
-        key = id(objective), *((spec.shape, spec.dtype, spec.batch_dim) for spec in specs)
+        features = self.legal[end].features(start)
+        placed, cut = at_cut(objective, dataclasses.replace(cut, features=features))
+        specs = read_at(cut)
+        key = price_key(placed), *((spec.shape, spec.dtype, spec.batch_dim) for spec in specs)
         if key not in self._known:
-            features = [dataclasses.replace(spec, name="features") for spec in specs]
-            self._known[key] = self.price(objective, features, self.signal)
+            self._known[key] = self.price(placed, specs, self.signal)
         return self._known[key]
 
     def runs(self, objective: Objective) -> HeadRuns:
