@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -28,10 +29,13 @@ class Route:
     def joints(self) -> dict[fx.Node, fx.Node | None]:
         """What enters a segment, and what it is made of: what left the segment before, or the features (None).
 
-        Segments that follow each other in the model need none.
+        Segments that follow each other in the model need none, and neither does one that begins at the cut.
         """
-        pairs = zip((None, *self.segments), self.segments, strict=False)
-        return {b.entry: a.leaving if a is not None else None for a, b in pairs if a is None or a.stop != b.start}
+        found: dict[fx.Node, fx.Node | None] = {}
+        for before, segment in zip((None, *self.segments), self.segments, strict=False):
+            if segment.entry is not None and (before is None or before.stop != segment.start):
+                found[segment.entry] = before.leaving if before is not None else None
+        return found
 
     @property
     def flops(self) -> int:
@@ -42,22 +46,26 @@ class Route:
 def choose_route(chain: Chain, objective: Downstream, position: int, most_flops: float | None) -> Route:
     """The route from a cut after a position.
 
-    Of what narrowing asks for, blocks are left out until the route keeps the limit or has one block; then the first of
-    the output layers are. If that does not do either, they are all there.
+    A cut within a block begins with the rest of it, which counts as a block if it has half the FLOPs of one. Of what
+    narrowing asks for, blocks are left out until the route keeps the limit or has one block; then the first of the
+    output layers are. If that does not do either, they are all there.
     """
-    tails, behind = chain.tails_behind(position), chain.behind(position)
+    tails, behind, rest = chain.tails_behind(position), chain.behind(position), chain.rest(position)
     if not tails:
         return Route(())
+    first = () if rest is None else (rest,)
+    counted = sum(2 * segment.flops >= chain.largest for segment in first)
     passed = 1 - len(behind) / max(1, len(chain.blocks))
-    most = objective.count(passed, len(behind))
-    routes = [_route(behind, tails[0], count) for count in range(most, min(1, most) - 1, -1)]
-    routes += [_route(behind, tail, min(1, most)) for tail in tails[1:]]
+    most = objective.count(passed, len(behind) + counted)
+    least = min(1, most)
+    choices = [(count, tails[0]) for count in range(most, least - 1, -1)] + [(least, tail) for tail in tails[1:]]
+    routes = [Route((*first, *_sampled(behind, count - counted), tail)) for count, tail in choices]
     fitting = [route for route in routes if most_flops is None or route.flops <= most_flops]
-    return fitting[0] if fitting else _route(behind, tails[0], min(1, most))
+    return fitting[0] if fitting else routes[most - least]
 
 
-def _route(behind: tuple[Segment, ...], tail: Segment, count: int) -> Route:
-    return Route((*(behind[index] for index in sampled(count, len(behind))), tail))
+def _sampled(blocks: Sequence[Segment], count: int) -> list[Segment]:
+    return [blocks[index] for index in sampled(count, len(blocks))]
 
 
 def total_flops(graph: Graph) -> int:
