@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from autodecouple.api import capture, compile, plan, simulate
     from autodecouple.decoupled import Decoupled
     from autodecouple.devices import Device
-    from autodecouple.objectives import DeInfoReg, EarlyExit, SupCon
+    from autodecouple.objectives import DeInfoReg, Downstream, EarlyExit, SupCon
     from autodecouple.plans import Plan
     from autodecouple.timeline import Timeline
 
@@ -23,6 +23,7 @@ __all__ = [
     "DeInfoReg",
     "Decoupled",
     "Device",
+    "Downstream",
     "EarlyExit",
     "Plan",
     "SupCon",
@@ -39,7 +40,7 @@ _HOMES = {
     "api": ("capture", "compile", "plan", "simulate"),
     "decoupled": ("Decoupled",),
     "devices": ("Device",),
-    "objectives": ("DeInfoReg", "EarlyExit", "SupCon"),
+    "objectives": ("DeInfoReg", "Downstream", "EarlyExit", "SupCon"),
     "plans": ("Plan",),
     "timeline": ("Timeline",),
 }

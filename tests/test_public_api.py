@@ -16,7 +16,7 @@ PUBLIC = {
     "autodecouple": {
         "capture", "compile", "plan", "simulate",
         "Decoupled", "Device", "Plan", "Timeline",
-        "SupCon", "DeInfoReg", "EarlyExit",
+        "SupCon", "DeInfoReg", "EarlyExit", "Downstream",
     },
     "autodecouple.schedules": {"Sequential", "Streaming", "MicroBatched", "GPipe", "OneFOneB"},
 }  # fmt: skip

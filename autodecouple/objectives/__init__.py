@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 OBJECTIVES: dict[str, Callable[[], Objective]] = {
-    kind.name: kind for kind in (SupCon, DeInfoReg, EarlyExit, Downstream, Auto, Backprop)
+    kind.name: kind for kind in (SupCon, DeInfoReg, EarlyExit, Backprop, Downstream, Auto)
 }
 """What `loss=` takes by name; called, each gives the objective with its defaults."""
 
