@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from autodecouple.api import capture, compile, plan, simulate
     from autodecouple.decoupled import Decoupled
     from autodecouple.devices import Device
-    from autodecouple.objectives import Associated, DeInfoReg, EarlyExit, SupCon
+    from autodecouple.objectives import Associated, DeInfoReg, Downstream, EarlyExit, SupCon
     from autodecouple.plans import Plan
     from autodecouple.replication import DataParallel
     from autodecouple.timeline import Timeline
@@ -26,6 +26,7 @@ __all__ = [
     "DeInfoReg",
     "Decoupled",
     "Device",
+    "Downstream",
     "EarlyExit",
     "Plan",
     "SupCon",
@@ -42,7 +43,7 @@ _HOMES = {
     "api": ("capture", "compile", "plan", "simulate"),
     "decoupled": ("Decoupled",),
     "devices": ("Device",),
-    "objectives": ("Associated", "DeInfoReg", "EarlyExit", "SupCon"),
+    "objectives": ("Associated", "DeInfoReg", "Downstream", "EarlyExit", "SupCon"),
     "plans": ("Plan",),
     "replication": ("DataParallel",),
     "timeline": ("Timeline",),

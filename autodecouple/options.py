@@ -60,6 +60,7 @@ class Wish:
     """What a plan is asked to be; `n_stages` counts without the extra stage of a detached classifier.
 
     optimizer: whose time counts where the cost is measured
+    notes:     what was chosen where the choice was left open, and why
     """
 
     n_stages: int
@@ -73,6 +74,7 @@ class Wish:
     cost: str = "flops"
     recompute: bool = False
     optimizer: MakeOptimizer | None = None
+    notes: tuple[str, ...] = ()
 
     @staticmethod
     def checked(

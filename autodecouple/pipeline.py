@@ -21,7 +21,7 @@ from autodecouple.executors.job import Job
 from autodecouple.graph import Graph
 from autodecouple.objectives.criterion import Criterion
 from autodecouple.objectives.gather import gathered_head
-from autodecouple.objectives.objective import Objective, signal_of
+from autodecouple.objectives.objective import Objective, at_cut, read_at, signal_of
 from autodecouple.options import Capturing, Options, Wish
 from autodecouple.passes import verify
 from autodecouple.passes.candidates import Candidate, find_cuts, keep_whole
@@ -37,6 +37,8 @@ from autodecouple.passes.charge import (
     with_seconds,
 )
 from autodecouple.passes.codegen import StageCode, emit_stages
+from autodecouple.passes.downstream.bound import AtCut
+from autodecouple.passes.equip import equip
 from autodecouple.passes.inference import emit_inference
 from autodecouple.passes.insert import drawn_in_kernels, insert_heads
 from autodecouple.passes.measure import annotate
@@ -90,6 +92,7 @@ def decide(graph: Graph, candidates: tuple[Candidate, ...], wish: Wish, example_
 
     example_inputs: where costs are measured the model runs on these; None is random ones of the example's sizes
     """
+    wish = equipped(wish, graph, candidates)
     candidates = keep_whole(graph, candidates, wish.no_split) if wish.no_split else candidates
     wish = wish.placed(graph)
     if wish.cost == "flops":
@@ -99,7 +102,13 @@ def decide(graph: Graph, candidates: tuple[Candidate, ...], wish: Wish, example_
         charges = charge_nanoseconds(graph, candidates, lanes_of(wish), example, wish.recompute, wish.optimizer)
         plan = with_seconds(arrange(graph, candidates, wish, charges), charges, wish.objectives)
         plan = dataclasses.replace(plan, links=time_links(lanes_of(wish)))
-    return dataclasses.replace(plan, warnings=(*plan.warnings, *_warnings(graph, plan)))
+    return dataclasses.replace(plan, warnings=(*plan.warnings, *_warnings(graph, plan), *wish.notes))
+
+
+def equipped(wish: Wish, graph: Graph, candidates: tuple[Candidate, ...], criterion: Any = None) -> Wish:
+    """The wish with objectives that know the model, where they need it."""
+    objectives, notes = equip(wish.objectives, graph, candidates, wish.n_stages, criterion)
+    return dataclasses.replace(wish, objectives=objectives, notes=(*wish.notes, *notes))
 
 
 def lanes_of(wish: Wish) -> tuple[Device, ...]:
@@ -239,7 +248,10 @@ class Pipeline:
         return [o for o, cut in zip(self.options.wish.objectives, self.plan.cuts, strict=True) if cut.detached]
 
     def _check_target(self, target: Any, rows: int) -> None:
-        needs_classes = any(getattr(objective, "needs_target", True) for objective in self._local)
+        needs_classes = any(
+            getattr(objective, "needs_target", True) and not getattr(objective, "takes_any_target", False)
+            for objective in self._local
+        )
         if needs_classes or not self.criterion.own:
             check_classes(target, rows, self.signal)
         elif isinstance(target, torch.Tensor) and target.ndim and target.shape[0] != rows:
@@ -249,6 +261,7 @@ class Pipeline:
 def build(model: nn.Module | Graph, example_inputs: Any, example_target: Any, options: Options) -> Pipeline:
     """Run every pass: trace, measure, candidates, partition, place, insert, codegen."""
     graph, candidates = analyse(model, example_inputs, example_target, options.capturing)
+    options = dataclasses.replace(options, wish=equipped(options.wish, graph, candidates, options.criterion))
     plan = placed(decide(graph, candidates, options.wish, example_inputs), options.schedule)
     verify.plan_fits(graph, plan)
     programs = Programs(plan, options.schedule, graph.smallest_batch)
@@ -280,10 +293,12 @@ def _head(graph: Graph, plan: Plan, index: int, objectives: Sequence[Objective],
     cut = plan.cuts[index]
     if not cut.detached:
         return None
-    specs = [dataclasses.replace(cut.spec(name), name="features") for name in cut.features]
+    objective, _ = at_cut(objectives[index], cut)
     signal = signal_of(index, objectives, graph.signal)
     with verify.seeded(Randomness(seed).key(cut.after)), torch.device("cpu"):
-        return gathered_head(objectives[index], specs, signal)
+        if isinstance(objective, AtCut):
+            return objective.task_head()
+        return gathered_head(objective, read_at(cut), signal)
 
 
 def _batch_dims(graph: Graph, codes: tuple[StageCode, ...]) -> dict[str, int | None]:

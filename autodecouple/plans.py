@@ -60,6 +60,7 @@ class Cut:
     encodes:    the head passes on a signal of its own, so the loss of the next stage that encodes waits for it
     recomputed: values that later stages use as well and compute again, of what crosses and what the model owns
     input:      the model's input that the head compares with, None for most; it crosses the cuts before this one
+    sides:      further values of what crosses that the head reads, where it is made of the model's own blocks
     """
 
     after: str
@@ -74,6 +75,7 @@ class Cut:
     encodes: bool = False
     recomputed: tuple[str, ...] = ()
     input: str | None = None
+    sides: tuple[str, ...] = ()
 
     @property
     def num_bytes(self) -> int:

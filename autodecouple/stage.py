@@ -151,7 +151,7 @@ class Stage:
 
         return again
 
-    def loss(self, work: Work, micro_batch: int | None, signal: Any) -> Any:
+    def loss(self, work: Work, micro_batch: int | None, signal: Any, randomness: Randomness) -> Any:
         """Loss of the whole batch, or of one micro-batch weighted by its rows, and its gradient at the features.
 
         Returns the signal that the head passes on.
@@ -162,8 +162,9 @@ class Stage:
         chosen = sorted(work.passages) if micro_batch is None else [micro_batch]
         passages = [work.passages[m] for m in chosen]
         leaves = {name: self._join(name, passages) for name in self._read}
-        mask = {"mask": leaves[self.code.mask]} if self.code.mask is not None else {}
-        loss, encoded = self.run_head(*(leaves[name] for name in self.code.head_inputs), signal, **mask)
+        named: dict[str, Any] = {"mask": leaves[self.code.mask]} if self.code.mask is not None else {}
+        named |= {"randomness": randomness} if self.code.head_draws else {}
+        loss, encoded = self.run_head(*(leaves[name] for name in self.code.head_inputs), signal, **named)
         weight = 1.0 if micro_batch is None else work.sizes[micro_batch] / sum(work.sizes)
         weighted = loss if weight == 1.0 else loss * weight
         self._note(work, weighted.detach())

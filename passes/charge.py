@@ -11,7 +11,7 @@ import torch
 
 from autodecouple.devices import Device
 from autodecouple.graph import Graph
-from autodecouple.objectives.objective import Objective, signal_of
+from autodecouple.objectives.objective import Objective, at_cut, read_at, signal_of
 from autodecouple.passes.candidates import Candidate
 from autodecouple.passes.measuring.charges import Charge, average, charged, slowness, with_updates
 from autodecouple.passes.measuring.links import time_link
@@ -96,8 +96,8 @@ def stage_cost(plan: Plan, index: int, charge: Charge, objectives: Sequence[Obje
 def _head_cost(charge: Charge, cut: Cut, index: int, objectives: Sequence[Objective]) -> int:
     if not cut.detached:
         return 0
-    features = [dataclasses.replace(cut.spec(name), name="features") for name in cut.features]
-    return charge.head(objectives[index], features, signal_of(index, objectives, charge.graph.signal)).flops
+    placed, cut = at_cut(objectives[index], cut)
+    return charge.head(placed, read_at(cut), signal_of(index, objectives, charge.graph.signal)).flops
 
 
 def lane_costs(plan: Plan, charges: Sequence[Charge], objectives: Sequence[Objective]) -> list[list[int]]:

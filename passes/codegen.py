@@ -27,7 +27,7 @@ class StageCode:
     head:        the head, or the criterion on the last stage; None before a coupled cut
     head_inputs: what the head takes before the signal; a mask stands last, by keyword
     mask:        its name, if there is one
-    draws:       whether the body takes the randomness
+    draws:       whether the body takes the randomness; head_draws: whether the head does, by keyword
     written:     buffers that the body writes (BatchNorm statistics, counters), by name
     overwrites:  inputs whose memory the body writes into
     origins:     names in the plan of values that were detached or copied at a cut, where they differ
@@ -41,6 +41,7 @@ class StageCode:
     head_inputs: tuple[str, ...]
     mask: str | None
     draws: bool
+    head_draws: bool
     written: tuple[str, ...]
     overwrites: tuple[str, ...] = ()
     origins: Mapping[str, str] = field(default_factory=dict)
@@ -77,9 +78,17 @@ def on_device(arguments: Any, device: torch.device) -> Any:
 
 
 def rehome(code: StageCode, device: torch.device) -> None:
-    """Let the devices that tracing baked into a stage's body be this one."""
-    rehome_graph(code.body.graph, device)
-    code.body.recompile()
+    """Let the devices that tracing baked into a stage, its head included, be this one."""
+    for module in (code.body, code.head):
+        rehome_within(module, device)
+
+
+def rehome_within(module: nn.Module | None, device: torch.device) -> None:
+    """The same for the graphs that a module holds, where there are any."""
+    for inner in module.modules() if module is not None else ():
+        if isinstance(inner, fx.GraphModule):
+            rehome_graph(inner.graph, device)
+            inner.recompile()
 
 
 def rehome_graph(graph: fx.Graph, device: torch.device) -> None:
@@ -128,15 +137,18 @@ class _Splitter:
         wanted = dict.fromkeys([*sends, *reads, *([mask] if isinstance(mask, fx.Node) else [])])
         outputs = [node for node in wanted if node in set(body)]
         inputs = self._outside(body)
+        found = self.module.get_submodule(str(head.target)) if head is not None else None
+        rehome_within(found, torch.device(self.plan.stages[index].device))
         return StageCode(
             body=self._body(index, body, inputs, outputs),
             inputs=tuple(node.name for node in inputs if not _is_randomness(node)),
             outputs=tuple(node.name for node in outputs),
             sends=tuple(node.name for node in sends),
-            head=self.module.get_submodule(str(head.target)) if head is not None else None,
+            head=found,
             head_inputs=tuple(node.name for node in reads),
             mask=mask.name if isinstance(mask, fx.Node) else None,
             draws=any(map(_is_randomness, inputs)),
+            head_draws=head is not None and "randomness" in head.kwargs,
             written=self._written(body),
             overwrites=self._overwrites(body, inputs),
             origins={node.name: node.meta[ORIGIN] for node in self.nodes if ORIGIN in node.meta},

@@ -38,8 +38,9 @@ ORIGIN = "autodecouple_origin"
 def insert_heads(graph: Graph, plan: Plan, heads: Sequence[nn.Module | None], criterion: nn.Module) -> fx.GraphModule:
     """The training graph with the plan in it.
 
-    heads:     one module per hidden stage, None before a coupled cut; forward(features, signal, mask=None) gives
-               (loss, next signal); an input that it compares with stands before the signal
+    heads:     one module per hidden stage, None before a coupled cut; forward(*features, *sides, signal, mask=None)
+               gives (loss, next signal); an input that it compares with stands before the signal. One that says
+               `draws` takes the randomness, too
     criterion: forward(*computed output leaves, target) gives (loss, target)
     """
     work = fx.Graph()
@@ -59,7 +60,8 @@ def insert_heads(graph: Graph, plan: Plan, heads: Sequence[nn.Module | None], cr
         with work.inserting_before(last.next):
             if heads[index] is not None:
                 known = signal if cut.encodes else target
-                loss, encoded = _branch(work, index, cut, by_name | masks[index], known)
+                keyed = randomness if getattr(heads[index], "draws", False) else None
+                loss, encoded = _branch(work, index, cut, by_name | masks[index], known, keyed)
                 losses.append(loss)
                 signal = encoded if cut.encodes else signal
             _cross(work, index, cut, by_name)
@@ -149,12 +151,18 @@ class _Again:
 
 
 def _branch(
-    work: fx.Graph, index: int, cut: Cut, by_name: dict[str, fx.Node], signal: fx.Node
+    work: fx.Graph,
+    index: int,
+    cut: Cut,
+    by_name: dict[str, fx.Node],
+    signal: fx.Node,
+    randomness: fx.Node | None,
 ) -> tuple[fx.Node, fx.Node]:
     """The head beside the cut: (loss, the signal it passes on)."""
     mask = _token_mask(work, index, cut, by_name)
     kwargs: dict[str, Any] = {} if mask is None else {"mask": mask}
-    read = [by_name[name] for name in (*cut.features, *([cut.input] if cut.input is not None else []))]
+    kwargs |= {} if randomness is None else {"randomness": randomness}
+    read = [by_name[name] for name in (*cut.features, *cut.sides, *([cut.input] if cut.input is not None else []))]
     head = work.call_module(f"{OURS}.heads.{index}", (*read, signal), kwargs)
     loss = work.call_function(operator.getitem, (head, 0))
     encoded = work.call_function(operator.getitem, (head, 1))

@@ -64,7 +64,7 @@ def head_cost(objective: Objective, features: Sequence[TensorSpec], signal: Sign
 def _head_cost(objective: Objective, features: tuple[TensorSpec, ...], signal: Signal) -> HeadCost:
     with torch.inference_mode(False), torch.enable_grad(), FakeTensorMode(), torch.random.fork_rng(devices=[]):
         head = gathered_head(objective, features, signal)
-        read = [torch.empty(f.shape, dtype=dtype_from(f.dtype), requires_grad=True) for f in features]
+        read = [_read(spec) for spec in features]
         compared = [signal] if (entered := input_of(objective)) is None else [entered, signal]
         given = pytree.tree_map(lambda spec: torch.zeros(spec.shape, dtype=dtype_from(spec.dtype)), compared)
         with flop_counter() as counter, PeakMemory() as memory:
@@ -74,6 +74,11 @@ def _head_cost(objective: Objective, features: tuple[TensorSpec, ...], signal: S
     sizes = [p.numel() * p.element_size() for p in parameters]
     count = sum(p.numel() for p in parameters)
     return HeadCost(counter.get_total_flops(), count, sum(sizes), max(sizes, default=0), memory.peak)
+
+
+def _read(spec: TensorSpec) -> torch.Tensor:
+    made = torch.empty(spec.shape, dtype=dtype_from(spec.dtype))
+    return made.requires_grad_(made.is_floating_point() or made.is_complex())
 
 
 class _FakeRun:

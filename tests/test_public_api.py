@@ -16,7 +16,7 @@ PUBLIC = {
     "autodecouple": {
         "capture", "compile", "plan", "simulate",
         "DataParallel", "Decoupled", "Device", "Plan", "Timeline",
-        "SupCon", "DeInfoReg", "EarlyExit", "Associated",
+        "SupCon", "DeInfoReg", "EarlyExit", "Associated", "Downstream",
     },
     "autodecouple.schedules": {"Sequential", "Streaming", "MicroBatched", "GPipe", "OneFOneB"},
 }  # fmt: skip

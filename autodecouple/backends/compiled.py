@@ -33,7 +33,7 @@ class CompiledStage(Stage):
         super().place(device)
         body, where = self.code.body, f"stage {self.index}"
         self.run_body = _WithKeys(Compiled(body, where, self._options), masked_draws(body, device))
-        if self.code.head is not None:
+        if self.code.head is not None and not self.code.head_draws:  # its keys would become part of the code
             self.run_head = Compiled(_head_alone(self.code), f"the head of {where}", self._options)
         if drawn := kernel_draws(body, device):
             _warn(f"{', '.join(drawn)} of {where}", "what draws random numbers inside a kernel or a whole module")

@@ -148,7 +148,7 @@ class GraphedStage(Stage):
 
         def train() -> Values:
             sent = super(GraphedStage, self).forward(work, 0, received | inputs, given)
-            super(GraphedStage, self).loss(work, None, signal)
+            super(GraphedStage, self).loss(work, None, signal, given)
             super(GraphedStage, self).backward(work, 0, None)
             if at_once:
                 self._descend(optimizer)
@@ -190,10 +190,10 @@ class GraphedStage(Stage):
         work.passages[micro_batch] = Passage({})
         return recording.send(received)
 
-    def loss(self, work: Work, micro_batch: int | None, signal: Any) -> Any:
+    def loss(self, work: Work, micro_batch: int | None, signal: Any, randomness: Randomness) -> Any:
         work.signal = None
         if not work.replayed:
-            return super().loss(work, micro_batch, signal)
+            return super().loss(work, micro_batch, signal, randomness)
         if self.training.on_nonfinite != "ignore":
             work.finite = [Flag(loss) for loss in work.losses]
         return signal

@@ -33,6 +33,8 @@ def _obstacle_in(stage: Stage) -> str | None:
     """Of the stage's code."""
     if drawn := kernel_draws(stage.code.body, stage.device):
         return f"{', '.join(drawn)} draws random numbers inside a kernel, the same ones in every replay"
+    if stage.code.head_draws:
+        return "its head draws random numbers: the same ones in every replay"
     if whole := whole_modules(stage.code.body):
         return f"{', '.join(whole)} runs as it was written, and its Python code would run once only"
     return None

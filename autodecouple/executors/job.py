@@ -106,7 +106,8 @@ class Job:
 
     def _loss(self, action: Action, stage: Stage, queue: Queue) -> None:
         signal = self._signal(stage.index, action.micro_batch, queue)
-        encoded = stage.loss(self.work[stage.index], action.micro_batch, signal)
+        randomness = Randomness(self.seed, self.index, action.micro_batch or 0, self.shard)
+        encoded = stage.loss(self.work[stage.index], action.micro_batch, signal, randomness)
         if stage.index < len(self.plan.cuts) and self.plan.cuts[stage.index].encodes:
             self.parcels["signal", stage.index, action.micro_batch] = queue.send(encoded)
 

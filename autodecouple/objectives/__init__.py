@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 
 from autodecouple.errors import InputError
 from autodecouple.objectives.associated import Associated
+from autodecouple.objectives.auto import Auto
 from autodecouple.objectives.backprop import Backprop
 from autodecouple.objectives.deinforeg import DeInfoReg
 from autodecouple.objectives.dgl import DGL
+from autodecouple.objectives.downstream import Downstream
 from autodecouple.objectives.early_exit import EarlyExit
 from autodecouple.objectives.infonce import InfoNCE
 from autodecouple.objectives.infopro import InfoPro
@@ -21,8 +23,10 @@ __all__ = [
     "DGL",
     "OBJECTIVES",
     "Associated",
+    "Auto",
     "Backprop",
     "DeInfoReg",
+    "Downstream",
     "EarlyExit",
     "InfoNCE",
     "InfoPro",
@@ -32,7 +36,9 @@ __all__ = [
     "resolve",
 ]
 
-KINDS: tuple[type[Objective], ...] = (SupCon, DeInfoReg, EarlyExit, PredSim, DGL, InfoPro, InfoNCE, Associated, Backprop)
+KINDS: tuple[type[Objective], ...] = (
+    SupCon, DeInfoReg, EarlyExit, PredSim, DGL, InfoPro, InfoNCE, Associated, Downstream, Auto, Backprop,
+)  # fmt: skip
 
 OBJECTIVES: dict[str, Callable[[], Objective]] = {str(kind.name): kind for kind in KINDS}
 """What `loss=` takes by name; called, each gives the objective with its defaults."""

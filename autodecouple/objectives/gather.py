@@ -24,6 +24,9 @@ def gathered_head(objective: Objective, features: Sequence[TensorSpec], signal: 
     """
     if not features:
         raise InputError(f"{objective.name!r} needs something to read, but no features cross the cut")
+    if hasattr(objective, "joint_head"):
+        head: nn.Module = objective.joint_head(features, signal)
+        return head
     if len(features) == 1:
         return objective.head(features[0], signal)
     for spec in features:

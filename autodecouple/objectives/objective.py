@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Hashable, Sequence
 from typing import Any, Protocol
 
 from torch import nn
 
-from autodecouple.plans import TensorSpec
+from autodecouple.plans import Cut, TensorSpec
 
 Signal = TensorSpec | tuple[TensorSpec, ...]
 """What a head compares with, as specs: the target, or what the last encoding head before it passes on."""
@@ -28,6 +29,10 @@ class Objective(Protocol):
                            token indices of an embedding have the size of the vocabulary as `num_classes`
     input:                 a TensorSpec of one of these inputs, which the head is given, too: its `forward` is then
                            (features, input, signal, mask=None). None where it is not
+    takes_any_target = True: its heads compare with whatever the criterion takes
+    needs_graph = True:    it is bound to the captured model by `passes.equip`, and then has `at(cut)`: the objective
+                           for one cut, which names the `sides` that its head reads beside the features and builds a
+                           `joint_head(features, signal)` of several of them
 
     A head that can answer what the model is asked says so with `predicts = True`, and its `predict(features,
     mask=None)` gives the scores of the classes, (N, C), or (N, *positions, C) where every position has a label. An
@@ -75,3 +80,25 @@ def signal_of(stage: int, objectives: Sequence[Objective], target: TensorSpec) -
 def labels_of(signal: Signal) -> TensorSpec:
     """The target's own spec: what encoding heads pass on begins with it."""
     return signal[0] if isinstance(signal, tuple) else signal
+
+
+def at_cut(objective: Objective, cut: Cut) -> tuple[Objective, Cut]:
+    """The objective as it is at a cut, and the cut with what its head reads there."""
+    if not hasattr(objective, "at"):
+        return objective, cut
+    placed = objective.at(cut)
+    return placed, dataclasses.replace(cut, sides=placed.sides, mask=None)
+
+
+def read_at(cut: Cut) -> list[TensorSpec]:
+    """Specs of what the head at a cut reads, in order: the features, all under that name, then the sides."""
+    features = [dataclasses.replace(cut.spec(name), name="features") for name in cut.features]
+    return [*features, *(cut.spec(name) for name in cut.sides)]
+
+
+def price_key(objective: Objective) -> Hashable:
+    """Equal for objectives whose heads cost the same on the same features."""
+    signature = getattr(objective, "signature", None)
+    if signature is None:
+        return objective if isinstance(objective, Hashable) else id(objective)
+    return tuple(signature)

@@ -38,10 +38,10 @@ def split(graph: Graph, ends: Sequence[int]) -> Iterator[Block]:
     """The blocks that end at these positions, in order; the last one ends with the model."""
     starts = [0, *(end + 1 for end in ends)]
     for start, stop in zip(starts, [*starts[1:], len(graph.operations)], strict=True):
-        yield _block(graph.operations[start:stop])
+        yield block_of(graph.operations[start:stop])
 
 
-def _block(nodes: Sequence[fx.Node]) -> Block:
+def block_of(nodes: Sequence[fx.Node]) -> Block:
     inside = set(nodes)
     sources = dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in inside)
     return Block(

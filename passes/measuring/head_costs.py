@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from autodecouple.errors import InputError
-from autodecouple.objectives.objective import Objective, Signal
+from autodecouple.objectives.objective import Objective, Signal, at_cut, price_key, read_at
 from autodecouple.passes.candidates import Candidate
 from autodecouple.passes.measure import HeadCost, head_cost
 from autodecouple.passes.measuring.charges import HeadPrice
@@ -59,11 +59,12 @@ class HeadCosts:
             return HeadCost(0, 0, 0)
         cut = self.legal[end].cut
         assert cut is not None
-        specs = [cut.spec(name) for name in self.legal[end].features(start)]
-        key = id(objective), signal, *((spec.shape, spec.dtype, spec.batch_dim) for spec in specs)
+        features = self.legal[end].features(start)
+        placed, cut = at_cut(objective, dataclasses.replace(cut, features=features))
+        specs = read_at(cut)
+        key = price_key(placed), signal, *((spec.shape, spec.dtype, spec.batch_dim) for spec in specs)
         if key not in self._known:
-            features = [dataclasses.replace(spec, name="features") for spec in specs]
-            self._known[key] = self.price(objective, features, signal)
+            self._known[key] = self.price(placed, specs, signal)
         return self._known[key]
 
     def runs(self, objective: Objective, signal: Signal) -> HeadRuns:

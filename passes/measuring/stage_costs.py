@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from autodecouple.graph import Graph
-from autodecouple.objectives.objective import Objective, Signal, signal_of
+from autodecouple.objectives.objective import Objective, Signal, at_cut, signal_of
 from autodecouple.passes.candidates import Candidate
 from autodecouple.passes.measure import HeadCost
 from autodecouple.passes.measuring.charges import Charge
@@ -188,7 +188,8 @@ class StageCosts:
         """A legal cut as the end of the stage that begins there."""
         features = self.legal[end].features(self.starts[begin])
         detached = objective.name != "bp"
-        return dataclasses.replace(self.cuts[end], features=features, detached=detached, encodes=objective.encodes)
+        cut = dataclasses.replace(self.cuts[end], features=features, detached=detached, encodes=objective.encodes)
+        return at_cut(objective, cut)[1]
 
     def _stage(self, index: int, begin: int, end: int, objectives: Sequence[Objective]) -> StageSpec:
         start, stop = self.starts[begin], self.ends[end] + 1

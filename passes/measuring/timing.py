@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from autodecouple.graph import Graph
 from autodecouple.objectives.criterion import Criterion
 from autodecouple.objectives.gather import gathered_head
 from autodecouple.objectives.heads import full_precision
-from autodecouple.objectives.objective import Objective, Signal, input_of
+from autodecouple.objectives.objective import Objective, Signal, input_of, price_key
 from autodecouple.passes.codegen import rehome_graph
 from autodecouple.passes.measure import HeadCost, head_cost
 from autodecouple.passes.measuring import blocks
@@ -190,7 +190,7 @@ class HeadTimes:
 
     def __call__(self, objective: Objective, features: Sequence[TensorSpec], signal: Signal) -> HeadCost:
         counted = head_cost(objective, features, signal)
-        key = (objective if isinstance(objective, Hashable) else id(objective), *features, signal)
+        key = (price_key(objective), *features, signal)
         if key not in self._known:
             with self._bench.entered() as clock:
                 head = gathered_head(objective, features, signal).to(self._bench.device)

@@ -1,0 +1,67 @@
+"""Downstream: every stage is trained by what follows it, in small."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from autodecouple.errors import InputError
+from autodecouple.objectives.heads import check_choice, check_positive
+from autodecouple.plans import TensorSpec
+
+
+@dataclass(frozen=True)
+class Downstream:
+    """The task's own loss, on the model's own output layers, behind a few blocks like those that follow the cut.
+
+        stage --+-- adapter --> block 5' --> adapter --> block 9' --> output layers' --> criterion
+                +-- detach --> block 3 --> block 4 --> block 5 --> ... --> block 9 --> output layers
+
+    The compiler makes the head out of the captured model: copies, with weights of their own, of blocks sampled at equal
+    distances from those behind the cut, the last one among them; then of all that stands behind the last block. Where
+    shapes differ an adapter pools or repeats positions and maps channels linearly. Nothing is asked of the target but
+    that the criterion takes it: classes, dense labels, tokens, numbers.
+
+    blocks:  of a head behind the model's beginning; of a later one fewer, max(1, round(blocks (1 - r) + r)) with r
+             half the share of the model's blocks in front of the cut, and never more than follow
+    budget:  most FLOPs of a head, as a share of an average stage's; blocks are left out until it is kept or one is
+             left. None: no limit
+    weights: "fresh": rows and columns of the model's own weights in random order, so that they are as the model's own
+             initialisation made them, scale and orthogonality included; what has one dimension (biases, norms) is
+             copied. "copied": the weights as they are, for a model that was trained before
+
+    Source: AugLocal (ICLR 2024), which makes such heads by hand, for networks of residual blocks. Why these defaults:
+    on CIFAR-10 with four stages, two such blocks reached 69.3 % where backprop had 70.5 %, one 65.8 %, and a pooled
+    linear classifier 59.7 %.
+    """
+
+    name: ClassVar[str] = "downstream"
+    encodes: ClassVar[bool] = False
+    needs_classes: ClassVar[bool] = False
+    needs_graph: ClassVar[bool] = True
+
+    blocks: int = 2
+    budget: float | None = 1.0
+    weights: str = "fresh"
+
+    def __post_init__(self) -> None:
+        check_positive(blocks=self.blocks, budget=self.budget)
+        check_choice("weights", self.weights, ("fresh", "copied"))
+
+    def count(self, position: float, remaining: int) -> int:
+        """How many blocks a head has: position is the share of the model's blocks in front of the cut."""
+        narrowing = position / 2
+        return min(remaining, max(1, round(self.blocks * (1 - narrowing) + narrowing)))
+
+    def head(self, features: TensorSpec, signal: TensorSpec) -> nn.Module:
+        """Raises InputError: without the captured model there is nothing to make the head of."""
+        raise InputError(
+            "the heads of 'downstream' are made of the captured model: let compile(loss=\"downstream\") make them"
+        )
+
+
+def sampled(count: int, remaining: int) -> tuple[int, ...]:
+    """Which of the remaining blocks a head of `count` has: at equal distances, the last one among them."""
+    return tuple(-(-(index + 1) * remaining // count) - 1 for index in range(count))
