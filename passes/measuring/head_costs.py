@@ -61,7 +61,7 @@ class HeadCosts:
         cut = self.legal[end].cut
         assert cut is not None
         specs = [cut.spec(name) for name in self.legal[end].features(start)]
-        key = id(objective), *((spec.shape, spec.dtype, spec.batch_dim) for spec in specs)
+        key = id(objective), *[(spec.shape, spec.dtype, spec.batch_dim) for spec in specs]
         if key not in self._known:
             features = [dataclasses.replace(spec, name="features") for spec in specs]
             self._known[key] = self.price(objective, features, self.signal)
