@@ -217,7 +217,7 @@ def device_of(module: nn.Module) -> torch.device:
 def module_path(node: fx.Node) -> tuple[str, ...]:
     """The names of the modules, outermost first, in whose forward the node ran; () where unknown."""
     stack = node.meta.get("nn_module_stack") or {}
-    return tuple(name for name, _ in stack.values() if not name.startswith("_"))
+    return tuple([name for name, _ in stack.values() if not name.startswith("_")])
 
 
 def module_classes(node: fx.Node) -> tuple[tuple[str, str], ...]:

@@ -79,7 +79,7 @@ class Cut:
 
     @property
     def num_bytes(self) -> int:
-        return sum(spec.num_bytes for spec in self.crossing)
+        return sum([spec.num_bytes for spec in self.crossing])
 
     def spec(self, name: str) -> TensorSpec:
         return next(spec for spec in self.crossing if spec.name == name)

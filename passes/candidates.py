@@ -50,7 +50,7 @@ class Candidate:
 
     def features(self, start: int) -> tuple[str, ...]:
         """What the head of a stage that begins at this position reads."""
-        return tuple(name for i, (name, threshold) in enumerate(self.reads) if i == 0 or start <= threshold)
+        return tuple([name for i, (name, threshold) in enumerate(self.reads) if i == 0 or start <= threshold])
 
     @property
     def module(self) -> str:
@@ -124,7 +124,7 @@ class _Sweep:
             live[node] = self.measures[node]
             live = {value: measure for value, measure in live.items() if self.last_use.get(value, -1) > position}
             self.reach.visit(node)
-            ended = tuple(name for name in path if name and name not in following)
+            ended = tuple([name for name in path if name and name not in following])
             candidate = self._candidate(position, ended, live)
             if candidate.cut is not None:
                 now = candidate.cut.crossing, candidate.cut.mask
@@ -156,7 +156,7 @@ class _Sweep:
             module=ended[0] if ended else "",
             recomputed=tuple([value.name for value, measure in live.items() if measure.recomputed]),
         )
-        named = tuple((value.name, threshold) for value, threshold in zip(features, reads, strict=True))
+        named = tuple([(value.name, threshold) for value, threshold in zip(features, reads, strict=True)])
         return Candidate(node, position, ended, cut, reads=named, blind=blind)
 
     def _carrying(self, position: int, live: Live) -> list[fx.Node]:

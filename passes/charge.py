@@ -15,6 +15,7 @@ from autodecouple.objectives.objective import Objective, at_cut, read_at, signal
 from autodecouple.passes.candidates import Candidate
 from autodecouple.passes.measuring.charges import Charge, average, charged, slowness, with_updates
 from autodecouple.passes.measuring.links import time_link
+from autodecouple.passes.measuring.prices import Prices
 from autodecouple.passes.measuring.timing import Bench, HeadTimes, time_criterion, time_nodes
 from autodecouple.passes.measuring.updates import MakeOptimizer, UpdateTimes, charge_updates, time_updates
 from autodecouple.passes.partitioning.runs import FORBIDDEN
@@ -80,17 +81,22 @@ def per_stage(charges: Sequence[Charge], n_stages: int, count: int) -> tuple[Cha
     return tuple(charges[min(stage, n_stages - 1)] for stage in range(count))
 
 
-def stage_cost(plan: Plan, index: int, charge: Charge, objectives: Sequence[Objective]) -> tuple[int, int, int, int]:
-    """(forward, backward, head, update) of a stage of the plan, at speed 1."""
-    stage, measures = plan.stages[index], charge.graph.measures
-    start = measures[stage.nodes[0]].position if index == 0 or plan.cuts[index - 1].detached else -1
-    update = sum(charge.updates.get(name, 0) for name in stage.nodes)
-    amounts = [charge.amount(name) for name in stage.nodes]
-    forward = sum(amount for amount, _ in amounts) - update
-    backward = sum(cost for _, pairs in amounts for at, cost in pairs if at >= start)
-    if index == len(plan.cuts):
-        return forward, backward, charge.criterion, update
-    return forward, backward, _head_cost(charge, plan.cuts[index], index, objectives), update
+StageCost = tuple[int, int, int, int]
+"""Forward, backward, head, update."""
+
+
+def stage_costs(plan: Plan, charge: Charge, objectives: Sequence[Objective]) -> list[StageCost]:
+    """Of every stage of the plan, at speed 1."""
+    prices, found, stop = Prices.of(charge), [], 0
+    for index, stage in enumerate(plan.stages):
+        start, stop = stop, stop + len(stage.nodes)
+        coupled = index > 0 and not plan.cuts[index - 1].detached
+        forward, backward = (int(amounts.sum()) for amounts in prices.between(start, stop, -1 if coupled else start))
+        update = sum(charge.updates.get(name, 0) for name in stage.nodes) if charge.updates else 0
+        last = index == len(plan.cuts)
+        head = charge.criterion if last else _head_cost(charge, plan.cuts[index], index, objectives)
+        found.append((forward - update, backward, head, update))
+    return found
 
 
 def _head_cost(charge: Charge, cut: Cut, index: int, objectives: Sequence[Objective]) -> int:
@@ -105,7 +111,7 @@ def lane_costs(plan: Plan, charges: Sequence[Charge], objectives: Sequence[Objec
     known: dict[Any, list[int]] = {}  # lanes of equal devices share theirs
     for charge in charges:
         if charge.prices not in known:
-            known[charge.prices] = [sum(stage_cost(plan, k, charge, objectives)) for k in range(len(plan.stages))]
+            known[charge.prices] = [sum(parts) for parts in stage_costs(plan, charge, objectives)]
     dearest = max(1, *map(sum, known.values()))
     factors = slowness([charge.speed for charge in charges], (FORBIDDEN - 1) // dearest)
     return [[factor * cost for cost in known[c.prices]] for factor, c in zip(factors, charges, strict=True)]
@@ -113,11 +119,11 @@ def lane_costs(plan: Plan, charges: Sequence[Charge], objectives: Sequence[Objec
 
 def with_seconds(plan: Plan, charges: Sequence[Charge], objectives: Sequence[Objective]) -> Plan:
     """The plan with the seconds that each stage takes on its lane; the charges are in nanoseconds."""
+    known = {charge.prices: stage_costs(plan, charge, objectives) for charge in charges}
 
     def timed(stage: StageSpec) -> StageSpec:
         charge = charges[stage.lane]
-        costs = stage_cost(plan, stage.index, charge, objectives)
-        forward, backward, head, update = (cost / 1e9 / charge.speed for cost in costs)
+        forward, backward, head, update = (cost / 1e9 / charge.speed for cost in known[charge.prices][stage.index])
         return dataclasses.replace(
             stage, forward_seconds=forward, backward_seconds=backward, head_seconds=head, update_seconds=update
         )

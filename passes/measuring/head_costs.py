@@ -62,7 +62,7 @@ class HeadCosts:
         features = self.legal[end].features(start)
         placed, cut = at_cut(objective, dataclasses.replace(cut, features=features))
         specs = read_at(cut)
-        key = price_key(placed), signal, *((spec.shape, spec.dtype, spec.batch_dim) for spec in specs)
+        key = price_key(placed), signal, *[(spec.shape, spec.dtype, spec.batch_dim) for spec in specs]
         if key not in self._known:
             self._known[key] = self.price(placed, specs, signal)
         return self._known[key]

@@ -45,8 +45,8 @@ class MemoryWalk:
         footprints = [footprint_of(lives.graph.measured[node]) for node in self.nodes]
         self._forward = torch.tensor([footprint.forward_bytes for footprint in footprints])
         self._largest = self._largest_weights()
-        self._changes = self._sorted_changes(footprints)
-        self._positions = self._changes[0].contiguous()
+        self.changes = self._sorted_changes(footprints)
+        self._positions = self.changes[0].contiguous()
 
     def stages(self, begin: int, first: int, last: int) -> StageMemory:
         """Of the stages from start number `begin` to each end from number `first` to number `last`."""
@@ -79,7 +79,7 @@ class MemoryWalk:
     def _changes_of(self, start: int, stop: int) -> Tensor:
         """(9, operations) what changes for a stage from this start, before each operation from start to stop."""
         low, high = (int(place) for place in torch.searchsorted(self._positions, torch.tensor([start, stop])))
-        position, row, after, until, size = self._changes[:, low:high]
+        position, row, after, until, size = self.changes[:, low:high]
         changes = torch.zeros(9, stop - start, dtype=torch.int64)
         holds = (after < start) & (start <= until)
         changes.view(-1).index_add_(0, row * (stop - start) + position - start, torch.where(holds, size, 0))
@@ -91,7 +91,7 @@ class MemoryWalk:
 
     @cached_property
     def _waiting(self) -> Tensor:
-        position, row, _, _, size = self._changes
+        position, row, _, _, size = self.changes
         known = (row == WAITING) & (position < len(self.nodes))
         waiting = torch.zeros(len(self.nodes) + 1, dtype=torch.int64)
         return waiting.index_add_(0, position[known] + 1, size[known]).cumsum(0)

@@ -15,11 +15,12 @@ from autodecouple.objectives.objective import Objective, Signal, at_cut, signal_
 from autodecouple.passes.candidates import Candidate
 from autodecouple.passes.measure import HeadCost
 from autodecouple.passes.measuring.charges import Charge
-from autodecouple.passes.measuring.columns import columns
 from autodecouple.passes.measuring.extents import Extents
+from autodecouple.passes.measuring.floors import first_starts, floors
 from autodecouple.passes.measuring.head_costs import HeadCosts, HeadRuns
 from autodecouple.passes.measuring.lifetimes import Lifetimes
 from autodecouple.passes.measuring.memory import MemoryWalk
+from autodecouple.passes.measuring.prices import Prices
 from autodecouple.passes.measuring.stage_memory import OPTIMIZER_STATES, HeadMemory
 from autodecouple.passes.partitioning.runs import StageRuns
 from autodecouple.passes.partitioning.sums import RunSums
@@ -101,19 +102,20 @@ class StageCosts:
         return runs.where(runs.first <= runs.last)
 
     @cached_property
+    def _prices(self) -> Prices:
+        return Prices.of(self.charge)
+
+    @cached_property
     def _sums(self) -> tuple[RunSums, RunSums]:
         """Prices of the operations, after a detached cut and after a coupled one.
 
         The backward of what a threshold lies behind is spent by stages that begin early enough to hold the parameter
         behind that input; after a coupled cut always.
         """
-        prices = [self.charge.amount(node.name) for node in self.nodes]
-        forward = torch.tensor([price for price, _ in prices])
-        terms = ((threshold, position, p) for position, (_, ts) in enumerate(prices) for threshold, p in ts if p)
-        threshold, position, backward = columns(terms, 3)
+        threshold, position, backward = self._prices.backward
         first, last = self._segments(threshold), self._segments(position)
         within, across = first == last, (first >= 0) & (first < last)
-        plain = self._added(self._segments(torch.arange(len(prices))), forward)
+        plain = self._added(self._segments(torch.arange(len(self.nodes))), self._prices.forward)
         detached = plain + self._added(last[within], backward[within])
         spanning = torch.stack([first, last, backward], dim=1)
         return RunSums(detached, spanning[across]), RunSums(plain + self._added(last, backward), spanning[:0])
@@ -157,6 +159,11 @@ class StageCosts:
             self._walks[before, after] = MemoryWalk(self._lives, self.legal, before, after)
         return self._walks[before, after]
 
+    def first_within(self, stage: int, objectives: Sequence[Objective], limit: int) -> Tensor:
+        """(ends,) the first start from which stage number `stage` may need no more bytes than this, rising; all stages
+        from starts before it need more."""
+        return first_starts(floors(self.memory(stage, objectives)), limit)
+
     def needs(self, stage: int, objectives: Sequence[Objective], begin: int, ends: tuple[int, int]) -> Tensor:
         """(ends,) bytes of a training step as stage number `stage`: `StageSpec.memory_bytes` of the stages from a
         start to each of these ends, first and last."""
@@ -194,21 +201,19 @@ class StageCosts:
     def _stage(self, index: int, begin: int, end: int, objectives: Sequence[Objective]) -> StageSpec:
         start, stop = self.starts[begin], self.ends[end] + 1
         last, coupled = index == len(objectives), self.kind(index, objectives)[0]
-        head = HeadCost(0, 0, 0)
-        if not last:
-            head = self.head(index, end, begin, objectives)
-        flops = {p: self._node_flops(p, -1 if coupled else start) for p in range(start, stop)}
+        head = HeadCost(0, 0, 0) if last else self.head(index, end, begin, objectives)
+        forward, backward = self._prices.between(start, stop, -1 if coupled else start)
         parameters = [p for position in range(start, stop) for p in self.first_uses.get(position, [])]
         weights = sum(map(_num_bytes, parameters))
         memory = self.memory(index, objectives).stages(begin, end, end)
         held = HeadMemory(*torch.tensor([[head.parameter_bytes], [head.largest_bytes], [head.peak_bytes]]))
-        costliest = max(flops, key=lambda position: sum(flops[position]))
+        costliest = int((forward + backward == (forward + backward).max()).nonzero()[0])
         return StageSpec(
             index=index,
             nodes=tuple(node.name for node in self.nodes[start:stop]),
             objective="criterion" if last else objectives[index].name,
-            forward_flops=sum(forward for forward, _ in flops.values()),
-            backward_flops=sum(backward for _, backward in flops.values()),
+            forward_flops=int(forward.sum()),
+            backward_flops=int(backward.sum()),
             head_flops=head.flops,
             num_parameters=sum(parameter.numel() for parameter in parameters),
             parameter_bytes=weights,
@@ -218,18 +223,13 @@ class StageCosts:
             optimizer_bytes=OPTIMIZER_STATES * (weights + head.parameter_bytes),
             step_bytes=int(memory.step(self._criterion_memory() if last else held, self.charge.recompute)),
             modules=self._extents.whole(start, stop),
-            costliest_node=self.nodes[costliest].name,
-            costliest_flops=sum(flops[costliest]),
+            costliest_node=self.nodes[start + costliest].name,
+            costliest_flops=int(forward[costliest] + backward[costliest]),
         )
 
     @cached_property
     def _extents(self) -> Extents:
         return Extents(self.nodes)
-
-    def _node_flops(self, position: int, start: int) -> tuple[int, int]:
-        """FLOPs forward and backward of one node in a stage that begins at `start`; -1 asks for every gradient."""
-        forward, backward = self.charge.amount(self.nodes[position].name)
-        return forward, sum(flops for threshold, flops in backward if threshold >= start)
 
 
 def _num_bytes(tensor: Tensor) -> int:

@@ -33,14 +33,26 @@ class Limited:
         limits: Sequence[int | None],
     ) -> None:
         self.costs = costs
-        self.stages = stages
         self.objectives = objectives
         self.preference = preference
         self.limits = limits
         self._alike: dict[Any, list[int]] = {}  # stage numbers whose stages cost and take the same
         for stage, (runs, limit) in enumerate(zip(stages, limits, strict=True)):
             self._alike.setdefault((costs.kind(stage, objectives), id(runs), limit), []).append(stage)
+        self.stages, self._firsts = list(stages), []
+        for alike in self._alike.values():
+            self._narrow(alike)
         self._bound = -1
+
+    def _narrow(self, alike: Sequence[int]) -> None:
+        """Leave out what is too large for certain."""
+        limit = self.limits[alike[0]]
+        nothing = torch.zeros(len(self.costs.ends), dtype=torch.int64)
+        first = nothing if limit is None else self.costs.first_within(alike[0], self.objectives, limit)
+        narrower = self.stages[alike[0]].behind(first)
+        for stage in alike:
+            self.stages[stage] = narrower
+        self._firsts.append(first)
 
     @property
     def num_stages(self) -> int:
@@ -50,7 +62,8 @@ class Limited:
         """(stages, ends) costs of the stages from one start, FORBIDDEN where no plan within `bound` could hold one."""
         if bound != self._bound:
             self._bound, (self._reached, self._leading) = bound, find_ways(self.stages, bound)
-        stop = max(runs.reach(start, bound) for runs in self.stages)
+        reach = max(int(torch.searchsorted(first, start, right=True)) for first in self._firsts)
+        stop = max(start, min(reach, max(runs.reach(start, bound) for runs in self.stages)))
         column = torch.full((len(self.stages), stop - start), FORBIDDEN, dtype=torch.int64)
         for alike in self._alike.values():
             used = [stage for stage in alike if self._reached[stage, start]]

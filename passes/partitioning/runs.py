@@ -44,6 +44,11 @@ class StageRuns:
         """With these rows only, given as a mask."""
         return StageRuns(self.sums, self.end[rows], self.first[rows], self.last[rows], self.head[rows], self.slowness)
 
+    def behind(self, first: Tensor) -> StageRuns:
+        """Without the stages from starts before these, (ends,)."""
+        runs = replace(self, first=torch.maximum(self.first, first[self.end]))
+        return runs.where(runs.first <= runs.last)
+
     def slowed(self, slowness: int) -> StageRuns:
         """The same stages on a slower lane."""
         return replace(self, slowness=slowness)
