@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -199,6 +199,9 @@ def test_a_path_that_cannot_be_is_refused_on_every_rank(tmp_path: Path) -> None:
             for background in (False, True):
                 with pytest.raises(CheckpointError, match="is a file, and a checkpoint is a folder"):
                     decoupled.save(tmp_path / "file", background=background)
+            fails = failing_once(Path, "mkdir", OSError(5, "the disk")) if number == 0 else contextlib.nullcontext()
+            with fails, pytest.raises(CheckpointError, match="rank 0: OSError.*the disk"):
+                decoupled.save(tmp_path / "c")
             feed(decoupled, BATCHES[:1])
             decoupled.save(tmp_path / "c")
 
@@ -225,7 +228,7 @@ def test_a_rank_that_is_killed_while_it_saves_is_named(background: bool, tmp_pat
     assert outcomes.pop().exit_code == -signal.SIGKILL
     for outcome in outcomes:
         assert outcome.error in ("PeerError", "CheckpointError") and outcome.seconds < 30
-    assert "rank 3 (stage 3) is gone" in outcomes[2].message
+        assert "rank 3 (stage 3) is gone" in outcome.message
     assert checkpoints.load(tmp_path / "c")["step"] == 0
 
 
@@ -312,14 +315,14 @@ def test_a_rank_that_does_not_come_is_named() -> None:
 
 def test_notes_end_with_the_training() -> None:
     """Whoever waits for a note that never comes is told that the training has ended, or what failed."""
-    ended: list[Callable[[], bool]] = [lambda: False]
-    ranks = Ranks(1, 2, (0, 1), dist.HashStore(), has_ended=lambda: ended[0]())
+    ended: list[str] = []
+    ranks = Ranks(1, 2, (0, 1), dist.HashStore(), ended=lambda: " ".join(ended))
     Notes(ranks, 1).fail("disk full")
     Notes(ranks, 1).fail("and this, too")
     with pytest.raises(CheckpointError, match="^disk full$"):
         Notes(ranks, 1).hear("placed")
-    ended[0] = lambda: True
-    with pytest.raises(PeerError, match="the training has ended"):
+    ended.append("rank 3 is gone")
+    with pytest.raises(PeerError, match="the training has ended: rank 3 is gone"):
         Notes(ranks, 2).hear("placed")
     Notes(ranks, 3).leave("placed", "c")
     assert Notes(ranks, 3).hear("placed") == "c"
