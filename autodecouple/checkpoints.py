@@ -19,9 +19,12 @@ old and put in its place by renaming. Killed at any moment, all or any of the ra
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
@@ -59,16 +62,25 @@ def write(part: Part, path: Path, notes: Notes) -> None:
     Raises CheckpointError, on every rank; the checkpoint of before is whole then.
     """
     new = _beside(path, "new")
-    try:
+    with _told(path, notes):
         record = write_part(part, new)
         if part.rank > 0:
             hand_over(record, new, notes)
         notes.first("placed", lambda: _place(record, part, new, path, notes))
+    with contextlib.suppress(RuntimeError):  # it is written, whatever becomes of the others
+        notes.part()
+
+
+@contextlib.contextmanager
+def _told(path: Path, notes: Notes) -> Iterator[None]:
+    """What fails on one rank fails on all, as CheckpointError, and leaves nothing behind."""
+    try:
+        yield
     except BaseException as error:
         text = _why(error, path, notes.ranks)
         notes.fail(text)
         if notes.ranks.rank == 0:
-            shutil.rmtree(new, ignore_errors=True)
+            shutil.rmtree(_beside(path, "new"), ignore_errors=True)
         if isinstance(error, CheckpointError) or not isinstance(error, Exception):
             raise
         raise CheckpointError(text) from error
@@ -149,6 +161,7 @@ class Writer:
         self.wait()
         self._count += 1
         self._ranks, notes = ranks, Notes(ranks, self._count)
+        behind = dataclasses.replace(notes, in_front=False)
         try:
             path = self._begin(path, notes)
             if not background:
@@ -157,7 +170,7 @@ class Writer:
             ranks.check()  # what has ended the training is the error to see
             raise
         if background:
-            self._write_behind(part.copied(), path, notes)
+            self._write_behind(part.copied(), path, behind)
 
     def _begin(self, path: Path, notes: Notes) -> Path:
         """Check the target and make the folder beside it, once for all ranks."""
@@ -169,11 +182,8 @@ class Writer:
             new.mkdir()
             return str(path)
 
-        try:
+        with _told(path, notes):
             return Path(notes.first("path", act))
-        except CheckpointError as error:
-            notes.fail(str(error))
-            raise
 
     def _write_behind(self, part: Part, path: Path, notes: Notes) -> None:
         pool = ThreadPoolExecutor(1, thread_name_prefix="autodecouple-checkpoint")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -253,3 +255,52 @@ def test_a_killed_process_of_one_training(case: Case, undisturbed: dict[str, Any
     assert_same(found, undisturbed)
     if case.loop != "fit":
         assert_nothing_saved_is_lost(tmp_path)
+
+
+# ---------------------------------------------------------------- the command
+
+SCRIPT = """
+import os, signal, sys
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+import autodecouple
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+layers = [nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.1)) for _ in range(4)]
+model = nn.Sequential(*layers, nn.Linear(6, 4))
+data = TensorDataset(torch.randn(30, 6), torch.randint(4, (30,)))
+
+
+class Dying(DataLoader):
+    def __iter__(self):
+        for number, batch in enumerate(super().__iter__()):
+            if (os.environ.get("TORCHELASTIC_RESTART_COUNT"), os.environ.get("RANK"), number) == ("0", "1", 3):
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield batch
+
+
+options = {} if "RANK" in os.environ else {"executor": "inline"}
+decoupled = autodecouple.compile(model, 2, "early_exit", example_inputs=torch.randn(8, 6), **options)
+loader = Dying(data, batch_size=8, shuffle=True)
+decoupled.fit(loader, 2, checkpoint=f"{sys.argv[1]}/c", save_every=1, resume=True, progress=False)
+torch.save(decoupled.state_dict()["model"], f"{sys.argv[1]}/{os.environ.get('RANK', 'alone')}.pt")
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_script_that_only_says_resume(tmp_path: Path) -> None:
+    """The second rank is killed in its first attempt; the script knows nothing of that."""
+    file = tmp_path / "script.py"
+    file.write_text(SCRIPT)
+    root = str(Path(__file__).resolve().parent.parent)
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
+    for command, name in ((torchrun, "ranks"), ([], "alone")):
+        (tmp_path / name).mkdir()
+        run = [sys.executable, *command, str(file), str(tmp_path / name)]
+        subprocess.run(run, env=environment, check=True, timeout=100, capture_output=True)
+    expected, *found = (torch.load(tmp_path / name) for name in ("alone/alone.pt", "ranks/0.pt", "ranks/1.pt"))
+    for state in found:
+        assert_same(state, expected)

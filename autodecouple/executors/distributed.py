@@ -48,6 +48,8 @@ from autodecouple.timeline import Timeline
 
 LAST_WRITES = 300.0
 """Seconds for a checkpoint under way when the ranks have parted, and nobody notices any more who is gone."""
+EXPLANATION = 5.0
+"""Seconds that a thread behind the training waits for it to find out what a lost link means."""
 
 
 class Distributed:
@@ -75,11 +77,12 @@ class Distributed:
         self._lane = LaneRunner(lane, stages, program, self._links, feeder, self._recorder, walk)
         writers = tuple(grid.ranks[index][0] for index, own in enumerate(self._lanes) for _ in own)
         store = PrefixStore("checkpoints", world.store.clone())
-        self._ranks = Ranks(world.rank, world.size, writers, store, self._check_running, self._has_ended)
+        self._ranks = Ranks(world.rank, world.size, writers, store, self._check_running, self._ended)
         self._batches = 0
         self._is_current = False  # whether all ranks hold the same state
-        self._stopped = self._failed = False
-        self._parted = math.inf
+        self._stopped = False
+        self._why = ""  # all have ended
+        self._parted = self._lost = math.inf
         if data.replicas > 1:
             self._replicas = Replicas(world.part(f"lane/{lane}", grid.ranks[lane]))
             self._join(self._replicas)
@@ -173,6 +176,7 @@ class Distributed:
         if error is None:
             self._stop()
         else:
+            self._why = f"{type(error).__name__}: {error}"
             self._peers.publish(error)
             self._fail()
 
@@ -189,7 +193,6 @@ class Distributed:
         self._links.cut()
 
     def _fail(self) -> None:
-        self._failed = True
         if self._replicas is not None:
             self._replicas.cut()
         self._stop()
@@ -217,9 +220,11 @@ class Distributed:
             yield
         except LinkLostError as error:
             found = self._peers.explain(self._lost_rank(error))
+            self._why = str(found)
             self._fail()
             raise found from None
         except BaseException as error:
+            self._why = f"{type(error).__name__}: {error}"
             self._peers.publish(error)
             self._fail()
             raise
@@ -230,10 +235,16 @@ class Distributed:
             with self._guarded():
                 self._check()
 
-    def _has_ended(self) -> bool:
-        """Whether others cannot be waited for: one failed or is gone, or all have parted long ago."""
-        is_lost = self._links.is_lost  # first: parting cuts the links, and says so before
-        return (is_lost and (self._failed or not self._stopped)) or time.monotonic() > self._parted + LAST_WRITES
+    def _ended(self) -> str:
+        """Why others cannot be waited for: one failed or is gone, or all have parted long ago; empty while they can.
+
+        What was lost is explained by the thread that trains, at its next look.
+        """
+        is_lost, now = self._links.is_lost, time.monotonic()  # first: parting cuts the links, and says so before
+        if self._why or not (is_lost and not self._stopped):
+            return self._why or ("the ranks have parted" if now > self._parted + LAST_WRITES else "")
+        self._lost = min(self._lost, now)
+        return "another rank is gone" if now > self._lost + EXPLANATION else ""
 
     def _lost_rank(self, error: LinkLostError) -> int | None:
         """Which rank an error is about; of several replicas nobody knows which."""

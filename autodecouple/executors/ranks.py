@@ -6,6 +6,7 @@ rank r   first: waits for that, or for a failure <----+        whoever fails say
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ from autodecouple.errors import CheckpointError, PeerError
 INTERVAL = 0.01
 
 
-def _never() -> bool:
-    return False
+def _never() -> str:
+    return ""
 
 
 def _nothing() -> None:
@@ -31,7 +32,7 @@ class Ranks:
     writers:   the rank that writes each stage; empty where one process writes everything
     store:     where notes are left, over a connection that nobody else uses
     check:     raises what has ended the training; for the thread that trains
-    has_ended: whether anything has; for any thread
+    ended:     what has, or nothing; for any thread
     """
 
     rank: int = 0
@@ -39,7 +40,7 @@ class Ranks:
     writers: tuple[int, ...] = ()
     store: Any = None
     check: Callable[[], None] = _nothing
-    has_ended: Callable[[], bool] = _never
+    ended: Callable[[], str] = _never
 
     def writer(self, stage: int) -> int:
         return self.writers[stage] if self.writers else 0
@@ -51,10 +52,14 @@ ALONE = Ranks()
 
 @dataclass(frozen=True)
 class Notes:
-    """What the ranks tell each other about one save; `number` counts the saves, alike on every rank."""
+    """What the ranks tell each other about one save.
+
+    number: counts the saves, alike on every rank; in_front: whether the thread that trains waits for these
+    """
 
     ranks: Ranks
     number: int
+    in_front: bool = True
 
     def leave(self, note: str, text: str = "") -> None:
         if self.ranks.size > 1:
@@ -63,23 +68,21 @@ class Notes:
     def hear(self, note: str) -> str:
         """Wait for a note. Raises CheckpointError for another rank's failure, PeerError once training has ended."""
         store = self.ranks.store
-        try:
-            while not store.check([self._key(note)]):
-                if store.check([self._key("failed")]):
-                    raise CheckpointError(store.get(self._key("failed")).decode())
-                if self.ranks.has_ended():
-                    raise PeerError("the training has ended: another rank failed, or is gone")
-                time.sleep(INTERVAL)
-            return str(store.get(self._key(note)).decode())
-        except RuntimeError as error:
-            if isinstance(error, PeerError):
-                raise
-            raise PeerError("the connection to the store is lost: a process is gone") from error
+        while not _asked(store.check, [self._key(note)]):
+            if _asked(store.check, [self._key("failed")]):
+                raise CheckpointError(_asked(store.get, self._key("failed")).decode())
+            if self.in_front:
+                self.ranks.check()
+            if why := self.ranks.ended():
+                raise PeerError(f"the training has ended: {why}")
+            time.sleep(INTERVAL)
+        return str(_asked(store.get, self._key(note)).decode())
 
     def fail(self, text: str) -> None:
         """Let all others give up, too; only the first one's text counts."""
         if self.ranks.size > 1:
-            self.ranks.store.compare_set(self._key("failed"), "", text)
+            with contextlib.suppress(RuntimeError):  # the store is gone, and with it whoever would read this
+                self.ranks.store.compare_set(self._key("failed"), "", text)
 
     def first(self, note: str, act: Callable[[], str]) -> str:
         """Act on rank 0, and wait for it on all others; returns its text there, too."""
@@ -89,5 +92,22 @@ class Notes:
         self.leave(note, text)
         return text
 
+    def part(self, seconds: float = 5.0) -> None:
+        """Let all read the last note: without torchrun the store ends with rank 0."""
+        if self.ranks.rank > 0:
+            self.leave(f"read/{self.ranks.rank}")
+            return
+        keys = [self._key(f"read/{rank}") for rank in range(1, self.ranks.size)]
+        stop = time.monotonic() + seconds
+        while keys and not _asked(self.ranks.store.check, keys) and not self.ranks.ended() and time.monotonic() < stop:
+            time.sleep(INTERVAL)
+
     def _key(self, note: str) -> str:
         return f"save/{self.number}/{note}"
+
+
+def _asked(question: Callable[[Any], Any], what: Any) -> Any:
+    try:
+        return question(what)
+    except RuntimeError as error:
+        raise PeerError("the connection to the store is lost: a process is gone") from error
