@@ -144,7 +144,9 @@ def _fit(plan: Plan, graph: Graph, candidates: tuple[Candidate, ...], wish: Wish
     lanes = [stage.lane for stage in plan.stages]
     turns = [*range(len(plan.lanes))] * (len(lanes) // len(plan.lanes))
     if lanes != turns and any(b - a not in (0, 1) for a, b in itertools.pairwise([0, *lanes])):
-        raise PlanError(f"lanes must hold contiguous stages, or the stages in turn, equally many each, counted from 0, but are {lanes}")
+        raise PlanError(
+            f"lanes must hold contiguous stages, or the stages in turn, equally many, counted from 0, but are {lanes}"
+        )
     kept = _PLACED if [s.nodes for s in plan.stages] != [s.nodes for s in fitted.stages] else (*_PLACED, *_TIMED)
     stages = tuple(
         dataclasses.replace(stage, **{name: getattr(given, name) for name in kept})
