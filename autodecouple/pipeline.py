@@ -160,7 +160,7 @@ def _fit(plan: Plan, graph: Graph, candidates: tuple[Candidate, ...], wish: Wish
     turns = [*range(len(plan.lanes))] * (len(lanes) // len(plan.lanes))
     if lanes != turns and any(b - a not in (0, 1) for a, b in itertools.pairwise([0, *lanes])):
         raise PlanError(
-            f"lanes must hold contiguous stages, or the stages in turn, equally many each, counted from 0, but are {lanes}"
+            f"lanes must hold contiguous stages, or the stages in turn, equally many, counted from 0, but are {lanes}"
         )
     kept = _PLACED if [s.nodes for s in plan.stages] != [s.nodes for s in fitted.stages] else (*_PLACED, *_TIMED)
     stages = tuple(

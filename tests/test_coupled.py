@@ -67,8 +67,10 @@ def torch_order(kind: Any, lanes: int, stages: int, micro_batches: int) -> dict[
 
 
 def torch_run(kind: Any, lanes: int, micro_batches: int) -> dict[int, list[str]]:
-    """What torch's own schedule of one stage per lane calls, lane by lane. (Its `pipeline_order` of 1F1B begins the last
-    lane with micro-batch 1: torch 2.13 prints it, and runs another.)"""
+    """What torch's own schedule of one stage per lane calls, lane by lane.
+
+    What torch 2.13 gives as `pipeline_order` of 1F1B begins the last lane with micro-batch 1, and is not what it runs.
+    """
     found: dict[int, list[str]] = {}
     for lane in range(lanes):
         recorded = found[lane] = []

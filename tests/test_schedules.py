@@ -15,6 +15,7 @@ from autodecouple.schedules import (
     SCHEDULES,
     Action,
     GPipe,
+    Interleaved,
     Lane,
     MicroBatched,
     OneFOneB,
@@ -23,8 +24,10 @@ from autodecouple.schedules import (
     Schedule,
     Sequential,
     Streaming,
+    ZeroBubble,
     check,
     order,
+    placed,
     resolve,
 )
 from tests.plan_strategies import make_plan, plans
@@ -45,11 +48,14 @@ def spelled(lanes: tuple[Lane, ...]) -> list[str]:
 def schedules_on_plans(draw: st.DrawFn) -> tuple[Schedule, Plan]:
     """A schedule with random fields, and a plan that suits it."""
     micro, depth, barrier = draw(st.integers(1, 5)), draw(st.integers(1, 3)), draw(st.booleans())
-    kind = draw(st.sampled_from([Sequential, Streaming, MicroBatched, GPipe, OneFOneB]))
-    detached = False if kind in (GPipe, OneFOneB) else None
+    kind = draw(st.sampled_from([Sequential, Streaming, MicroBatched, GPipe, OneFOneB, Interleaved, ZeroBubble]))
     fields = {"queue_depth": depth, "barrier": barrier}
     schedule = kind(**fields) if kind is Streaming else kind(num_micro_batches=micro, **fields)
-    return schedule, draw(plans(detached=detached))
+    if kind in (Interleaved, ZeroBubble):
+        # Of one micro-batch a weight that is taken out is no weight taken apart.
+        schedule = dataclasses.replace(schedule, num_micro_batches=micro + 1)  # type: ignore[type-var]
+        return schedule, make_plan(list(range(draw(st.integers(1, 3)))) * draw(st.integers(1, 3)), detached=False)
+    return schedule, draw(plans(detached=False if kind in (GPipe, OneFOneB) else None))
 
 
 # --- the orders, written out ---------------------------------------------------------------------------------------
@@ -229,7 +235,7 @@ def test_schedules_of_backpropagation_refuse_detached_cuts_and_say_the_way_out(s
         schedule(make_plan([0, 1, 2], detached=[False, True]))
 
 
-@pytest.mark.parametrize("kind", [Sequential, MicroBatched, GPipe, OneFOneB])
+@pytest.mark.parametrize("kind", [Sequential, MicroBatched, GPipe, OneFOneB, Interleaved, ZeroBubble])
 @pytest.mark.parametrize("value", [0, -1, 1.5, None])
 def test_micro_batches_are_a_whole_number_from_one(kind: Callable[..., Schedule], value: object):
     with pytest.raises(ScheduleError, match=f"num_micro_batches={value}"):
@@ -256,10 +262,11 @@ def test_a_program_refuses_a_schedule_whose_lanes_hold_another_number_of_micro_b
 
 
 def test_every_name_resolves_to_a_schedule_that_runs_on_some_plan():
-    assert list(SCHEDULES) == ["sequential", "streaming", "barrier", "micro_batched", "gpipe", "1f1b"]
+    coupled = ["gpipe", "1f1b", "interleaved", "zero_bubble"]
+    assert list(SCHEDULES) == ["sequential", "streaming", "barrier", "micro_batched", *coupled]
     for name in SCHEDULES:
-        plan = COUPLED if name in ("gpipe", "1f1b") else CHAIN
-        assert Program(plan, resolve(name)).actions
+        plan = COUPLED if name in coupled else CHAIN
+        assert Program(placed(plan, resolve(name)), resolve(name)).actions
 
 
 def test_barrier_is_streaming_with_a_barrier_and_a_schedule_resolves_to_itself():

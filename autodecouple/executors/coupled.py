@@ -60,7 +60,7 @@ class _Stopped(BaseException):
 
 
 class Cursor:
-    """Where a lane stands in its order. LOSS and UPDATE, which the runtime does not know, are taken where they stand."""
+    """Where a lane stands in its order: LOSS and UPDATE, which the runtime does not know, are taken in their place."""
 
     def begin(self, actions: Iterator[Action], act: Act) -> None:
         self._actions = actions

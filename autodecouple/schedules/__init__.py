@@ -8,8 +8,8 @@
     interleaved    1f1b on lanes that hold several stages in turn
     zero_bubble    the same with each backward in two, so that weights' gradients fill the gaps
 
-Any callable value with the same three fields is a schedule too; `Program` checks the lanes that it makes. One that needs
-its stages on other lanes than the plan's has a method `place`, from a plan to a plan.
+Any callable value with the same three fields is a schedule too; `Program` checks the lanes that it makes. One that
+needs its stages on other lanes than the plan's has a method `place`, from a plan to a plan.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def resolve(schedule: str | Schedule) -> Schedule:
 def placed(plan: Plan, schedule: Schedule) -> Plan:
     """The plan with its stages on the lanes that the schedule wants them on: mostly those that they are on."""
     place = getattr(schedule, "place", None)
-    return plan if place is None else place(plan)  # type: ignore[no-any-return]
+    return plan if place is None else place(plan)
 
 
 __all__ = [

@@ -17,8 +17,9 @@ class Interleaved:
         lane 0   0F0 0F1 2F0 2F1 ... 2B0 ... 2B1 0B0 0B1 U      V = 2 stages on each of K = 2 lanes, M = 2
         lane 1   ... 1F0 1F1 3F0 3B0 3F1 3B1 1B0 1B1 ... U
 
-    Idle share (K-1) / (V M + K-1) of balanced stages, where K divides M. The loss is taken per micro-batch. Counts are whole numbers from 1. Raises ScheduleError for counts, and when called
-    on a plan with a detached cut, or whose lanes do not hold its stages in turn, equally many each.
+    Idle share (K-1) / (V M + K-1) of balanced stages, where K divides M. The loss is taken per micro-batch. Counts are
+    whole numbers from 1. Raises ScheduleError for counts, and when called on a plan with a detached cut, or whose lanes
+    do not hold its stages in turn, equally many each.
     """
 
     num_micro_batches: int = 4

@@ -112,7 +112,8 @@ def _check_whole(lanes: tuple[Lane, ...], plan: Plan) -> None:
     if foreign := sorted(map(str, counts.keys() - needed)):
         raise ScheduleError(
             f"{foreign[0]} has no place here: a plan of {len(plan.stages)} stages needs F and B of each micro-batch "
-            "(and W of all or none), one U per stage, and L (of the batch or of each micro-batch) on stages that no gradient comes back to"
+            "(and W of all or none), one U per stage, and L (of the batch or of each micro-batch) on stages that no "
+            "gradient comes back to"
         )
 
 
