@@ -148,7 +148,7 @@ def _empty_mask(x: torch.Tensor, dim: int, size: int) -> torch.Tensor:
 
     Of two with the same stride the one of size 1 lies inside: outside, its stride would be the other's whole length.
     """
-    order = sorted(range(x.ndim), key=lambda d: (-x.stride(d), -x.shape[d]))
+    order = sorted(range(x.ndim), key=lambda d: (x.stride()[d], x.shape[d]), reverse=True)
     sizes = [size if d == dim else x.shape[d] for d in order]
     return torch.empty(sizes, dtype=torch.bool, device=x.device).permute([order.index(d) for d in range(x.ndim)])
 

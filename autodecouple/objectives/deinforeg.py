@@ -126,7 +126,9 @@ class DeInfoRegHead(nn.Module):
                 self.classifier.insert(0, objective.build_projector(rows, dtype))
 
     def forward(self, features: Tensor, signal: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        rows, labels = self.together(*self.rows(features, signal, mask))  # before the norms, whose statistics are theirs
+        rows, labels = self.together(
+            *self.rows(features, signal, mask)
+        )  # before the norms, whose statistics are theirs
         counts = labels >= 0
         embeddings = self.projector(rows, counts)
         logits = self._logits(rows, embeddings, counts) if self.objective.alpha else None
