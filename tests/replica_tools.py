@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from rank_tools import Outcome, run_ranks
 from torch import Tensor, nn
-from training_tools import Batch, Result, comparable, train
+from training_tools import Batch, Result, train
 
 import autodecouple
 from autodecouple.decoupled import Decoupled
+from autodecouple.plans import TensorSpec
 
 CLASSES = 4
 LAYERS, WIDTH, TOKENS = 4, 6, 3
@@ -48,6 +49,31 @@ def make_model(kind: str) -> nn.Module:
             for _ in range(LAYERS)
         ]
         return nn.Sequential(*layers, nn.Linear(WIDTH, CLASSES)).double()
+
+
+class EncodingHead(nn.Module):
+    """Compares the features with an encoding of the signal that it learns, and passes the encoding on."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(width, CLASSES, dtype=torch.float64)
+        self.encode = nn.Linear(CLASSES, CLASSES, dtype=torch.float64)
+
+    def forward(self, features: Tensor, signal: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        known = signal if signal.is_floating_point() else nn.functional.one_hot(signal, CLASSES).double()
+        encoded = self.encode(known).tanh()
+        return (self.project(features) - encoded).square().mean(), encoded
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """A toy objective that knows nothing of replicas, and whose heads pass on a signal of their own."""
+
+    name = "encoding"
+    encodes = True
+
+    def head(self, features: TensorSpec, signal: TensorSpec) -> nn.Module:
+        return EncodingHead(features.shape[1])
 
 
 @dataclass(frozen=True)
@@ -139,6 +165,6 @@ def assert_close(found: Any, expected: Any, tolerance: float, where: str = "") -
 
 
 __all__ = [
-    "assert_close", "captured", "comparable", "compiled", "global_batches", "one_process", "parts", "replicated", "sgd",
+    "Encoding", "assert_close", "captured", "compiled", "global_batches", "one_process", "parts", "replicated", "sgd",
     "shards",
 ]  # fmt: skip

@@ -31,6 +31,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.utils import _pytree as pytree
 
 from autodecouple.errors import ClosedError, InputError
+from autodecouple.executors.carriers import can_use_nccl, nccl_carrier, nccl_group
 from autodecouple.executors.coupled import Pipelining, suits
 from autodecouple.executors.executor import Recorder
 from autodecouple.executors.gloo import GlooLinks, LinkLostError
@@ -68,8 +69,11 @@ class Distributed:
         self._lane_index, self._replica = lane, replica = grid.place(world.rank)
         self._lanes = program.plan.lanes
         self._recorder = Recorder(len(grid.ranks))
-        column = world.part(f"replica/{replica}", grid.column(replica))
-        self._links = GlooLinks(column.group(), neighbours(program, lane), program.schedule.queue_depth)
+        column, peers = world.part(f"replica/{replica}", grid.column(replica)), sorted(neighbours(program, lane))
+        device = self._own[0].device
+        on_gpus = can_use_nccl(world, device)
+        carrier = nccl_carrier(column, peers, device) if on_gpus else None
+        self._links = GlooLinks(column.group(), peers, program.schedule.queue_depth, carrier)
         self._replicas: Replicas | None = None
         self._peers = Peers(world, grid, program, self._lose)
         feeder = None if lane == 0 else lane - 1
@@ -84,7 +88,8 @@ class Distributed:
         self._why = ""  # all have ended
         self._parted = self._lost = math.inf
         if data.replicas > 1:
-            self._replicas = Replicas(world.part(f"lane/{lane}", grid.ranks[lane]))
+            row = world.part(f"lane/{lane}", grid.ranks[lane])
+            self._replicas = Replicas(row, nccl_group(row) if on_gpus else None)
             self._join(self._replicas)
         _running.add(self)
 
@@ -92,8 +97,9 @@ class Distributed:
         """Train the lane's stages together with its other replicas, from the first one's weights on."""
         for stage in self._own:
             stage.replicas = replicas
-            if stage.training.data_parallel.gather and stage.index < len(stage.plan.cuts) and stage.has_loss:
-                gather_rows(stage.code.head, replicas)
+            local = stage.code.head if stage.index < len(stage.plan.cuts) else None
+            if stage.training.data_parallel.gather and local is not None:
+                gather_rows(local, replicas)
             with self._guarded():
                 replicas.align(list(_tensors(stage)))
 

@@ -1,26 +1,27 @@
 """Links over a gloo process group: two threads per neighbour, so that tensors travel while the lane works.
 
+Where lanes lie on devices, their tensors are left to a carrier, and only what tells of them goes through gloo.
+
 The lane's own thread never waits inside gloo, which nothing but a peer or a timeout could end: it waits here, and is
 woken by a message, by room, or by the first failure of any link.
 """
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
-from datetime import timedelta
 from typing import Any
 
 import torch
 
-from autodecouple.executors.wire import NUM_FIELDS, Decoder, Encoder, Message
+from autodecouple.executors.carriers import TAG, PairCarrier, end_group
+from autodecouple.executors.wire import NUM_FIELDS, Decoder, Encoder, Layout, Message
 
-TAG, UNUSED_TAG = 1, 2
-Flight = tuple[int, list[tuple[Any, torch.Tensor]]]
-"""A message under way: its batch, and gloo's works with the memory that they read."""
+Flight = tuple[int, list[tuple[Any, Any]]]
+"""A message under way: its batch, and what to wait for with the memory that it reads."""
 
 
 class LinkLostError(Exception):
@@ -35,11 +36,13 @@ class GlooLinks:
     """This rank's connections to its neighbours; a lane's number is its rank.
 
     depth: batches that may be on their way to a neighbour, who holds one more that it has not begun
+    carrier: takes the tensors on devices; None: links take those on the CPU only
     All methods raise LinkLostError once a link is lost; what was received before still counts.
     """
 
-    def __init__(self, group: Any, peers: Iterable[int], depth: int) -> None:
+    def __init__(self, group: Any, peers: Iterable[int], depth: int, carrier: PairCarrier | None = None) -> None:
         self.group = group
+        self.carrier = carrier
         self._peers = sorted(peers)
         self._depth = depth
         self._lock = threading.RLock()
@@ -59,6 +62,13 @@ class GlooLinks:
 
     # ---------------------------------------------------------------- the lane's side
 
+    def takes(self, kind: str) -> bool:
+        return kind == "cpu" or self.carries(kind)
+
+    def carries(self, kind: str) -> bool:
+        """Whether tensors on this type of device are left to the carrier."""
+        return self.carrier is not None and self.carrier.takes(kind)
+
     def send(self, lane: int, message: Message) -> None:
         flights = self._flights[lane]
         with self._lock:
@@ -67,9 +77,13 @@ class GlooLinks:
         parts = [torch.tensor(packed.header, dtype=torch.int64)]
         if packed.description:
             parts.append(torch.frombuffer(bytearray(packed.description), dtype=torch.uint8))
-        parts += [memory for memory in packed.payload if memory.numel()]
+        payload = [pair for pair in zip(packed.layouts, packed.payload, strict=True) if pair[1].numel()]
+        parts += [memory for layout, memory in payload if not self.carries(layout.device)]
+        carried = [memory for layout, memory in payload if self.carries(layout.device)]
         try:
-            works = [(self.group.send([part], lane, TAG), part) for part in parts]
+            works: list[tuple[Any, Any]] = [(self.group.send([part], lane, TAG), part) for part in parts]
+            if carried and self.carrier is not None:
+                works.append((self.carrier.send(lane, carried, message.events), carried))
         except RuntimeError as error:
             self.lose(lane, error)
             raise LinkLostError(lane, error) from error
@@ -112,16 +126,12 @@ class GlooLinks:
             self._changed.notify_all()
 
     def cut(self) -> None:
-        """End all connections and threads, and the peers' waits.
-
-        What wakes a thread that waits inside gloo is that its connection fails. Neither abort() nor shutdown() of torch
-        2.13 does that; any wait that runs into its timeout does, for the whole group.
-        """
+        """End all connections and threads, and the peers' waits."""
         self.lose(None)
         if any(thread.is_alive() for thread in self._threads):
-            for peer in self._peers:
-                with contextlib.suppress(RuntimeError):
-                    self.group.recv([torch.zeros(1)], peer, UNUSED_TAG).wait(timedelta(milliseconds=1))
+            end_group(self.group, self._peers)
+            if self.carrier is not None:
+                self.carrier.cut()
         for thread in self._threads:
             thread.join(5.0)
 
@@ -171,11 +181,26 @@ def _receive_all(links: GlooLinks, peer: int) -> None:
         if header[-1]:
             (part,) = _receive(links, peer, [torch.empty(header[-1], dtype=torch.uint8)])
             decoder.learn(header, part.numpy().tobytes())
-        layouts = decoder.layouts(header)
-        rooms = [torch.empty(layout.room, dtype=torch.uint8) for layout in layouts]
-        _receive(links, peer, [room[layout.shift :] for room, layout in zip(rooms, layouts, strict=True)])
-        message = decoder.decode(header, iter(rooms))
+        rooms, events = _receive_payload(links, peer, decoder.layouts(header))
+        message = dataclasses.replace(decoder.decode(header, iter(rooms)), events=events)
         links.hand_over(peer, message)
+
+
+def _receive_payload(links: GlooLinks, peer: int, layouts: list[Layout]) -> tuple[list[torch.Tensor], tuple[Any, ...]]:
+    """Memory with what lies in it, and the events after which that on a device is complete."""
+    rooms: dict[int, torch.Tensor] = {}
+
+    def make(carried: bool, device: torch.device) -> list[torch.Tensor]:
+        """Where to receive what the carrier takes, or the rest."""
+        own = [(i, layout) for i, layout in enumerate(layouts) if links.carries(layout.device) is carried]
+        rooms.update({i: torch.empty(layout.room, dtype=torch.uint8, device=device) for i, layout in own})
+        return [rooms[i][layout.shift :] for i, layout in own]
+
+    _receive(links, peer, make(False, torch.device("cpu")))
+    events: tuple[Any, ...] = ()
+    if (carrier := links.carrier) is not None and any(links.carries(layout.device) for layout in layouts):
+        events = carrier.receive(peer, lambda: make(True, carrier.device))
+    return [rooms[i] for i in range(len(layouts))], events
 
 
 def _receive(links: GlooLinks, peer: int, parts: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from autodecouple.errors import InputError, PeerError
 from autodecouple.executors.executor import Programs, Recorder, stages_of_lane
 from autodecouple.executors.job import Job, Key
-from autodecouple.executors.transport import CpuQueue, Parcel, make_queues, pack
+from autodecouple.executors.transport import CpuQueue, Parcel, check_unchanged, make_queues, pack
 from autodecouple.executors.wire import Message
 from autodecouple.plans import Plan
 from autodecouple.schedules.actions import Action, Op
@@ -41,6 +41,10 @@ class Links(Protocol):
 
     def receive(self, lane: int) -> Message:
         """The next message from a lane; waits for it."""
+        ...
+
+    def takes(self, kind: str) -> bool:
+        """Whether tensors on devices of this type are sent as they lie."""
         ...
 
 
@@ -199,11 +203,11 @@ class LaneRunner:
             work.losses = max(work.losses, values["losses"], key=len)
             work.finite = [Flag(loss) for loss in work.losses]
         for name in PASSED & values.keys():
-            job.parcels[name, 0, None] = pack(values[name])
+            job.parcels[name, 0, None] = pack(values[name], *message.events)
         job.caller = values.get("caller", job.caller)
         if "shard" in values:
             job.share(values["shard"])
-        job.parcels[message.kind, message.stage, message.micro_batch] = pack(values[message.kind])
+        job.parcels[message.kind, message.stage, message.micro_batch] = pack(values[message.kind], *message.events)
 
     # ---------------------------------------------------------------- what goes
 
@@ -212,20 +216,20 @@ class LaneRunner:
         stage, micro_batch = action.stage, action.micro_batch
         match action.op:
             case Op.FORWARD if self._is_elsewhere(stage + 1):
-                values = self._host(job, ("activations", stage + 1, micro_batch))
+                values = job.parcels.pop(("activations", stage + 1, micro_batch))
                 first = not any(done.op is Op.FORWARD and done.stage == stage for done in job.done - {action})
                 passed = [key for key in job.parcels if first and key[0] in PASSED]
                 self._send(self._home[stage + 1], job, "activations", Action(stage + 1, action.op, micro_batch),
-                           {"activations": values} | {key[0]: self._lent(job, key) for key in passed})  # fmt: skip
+                           {"activations": values} | {key[0]: job.parcels[key] for key in passed})  # fmt: skip
             case Op.LOSS if stage < len(self.plan.cuts) and self.plan.cuts[stage].encodes:
-                encoded = self._lent(job, ("signal", stage, micro_batch))
+                encoded = job.parcels["signal", stage, micro_batch]
                 for lane in self._readers(stage):
                     self._send(lane, job, "signal", action, {"signal": encoded})
             case Op.BACKWARD if self._stages[stage].coupled_before and self._is_elsewhere(stage - 1):
                 losses = [loss.cpu() for loss in job.work[self._stages[stage].loss_stage].losses]
-                values = self._host(job, ("gradient", stage - 1, micro_batch))
+                values = job.parcels.pop(("gradient", stage - 1, micro_batch))
                 self._send(self._home[stage - 1], job, "gradient", Action(stage - 1, action.op, micro_batch),
-                           {"gradient": values, "losses": losses})  # fmt: skip
+                           {"gradient": values, "losses": pack(losses)})  # fmt: skip
 
     def _is_elsewhere(self, stage: int) -> bool:
         return self._home.get(stage, self.lane) != self.lane
@@ -235,17 +239,13 @@ class LaneRunner:
         lanes = {self._home[stage] for stage in _signals(self.plan).get(encoder, ())}
         return sorted(lanes - {self.lane})
 
-    def _send(self, lane: int, job: Job, kind: str, about: Action, values: dict[str, Any]) -> None:
+    def _send(self, lane: int, job: Job, kind: str, about: Action, parcels: dict[str, Parcel]) -> None:
         count = job.program.schedule.num_micro_batches
-        self._links.send(lane, Message(kind, job.index, about.stage, about.micro_batch, job.rows, count, values))
-
-    def _host(self, job: Job, key: Key) -> Any:
-        """A value that only another lane reads, on the CPU, complete."""
-        return _on_host(job.parcels.pop(key), job.lent)
-
-    def _lent(self, job: Job, key: Key) -> Any:
-        """A value that this lane reads, too."""
-        return _on_host(job.parcels[key], job.lent)
+        ready = {name: _ready(parcel, job.lent, self._links.takes) for name, parcel in parcels.items()}
+        values = {name: parcel.values for name, parcel in ready.items()}
+        events = tuple(dict.fromkeys(event for parcel in ready.values() for event in parcel.events))
+        message = Message(kind, job.index, about.stage, about.micro_batch, job.rows, count, values, events)
+        self._links.send(lane, message)
 
 
 def neighbours(program: Program, lane: int) -> set[int]:
@@ -275,13 +275,27 @@ def _signals(plan: Plan) -> dict[int, list[int]]:
     return dict(found)
 
 
-def _on_host(parcel: Parcel, lent: frozenset[int]) -> Any:
-    """Copies of the caller's own tensors, which may be overwritten while they are on their way; others themselves."""
+def _ready(parcel: Parcel, lent: frozenset[int], takes: Callable[[str], bool]) -> Parcel:
+    """Values as the links take them: complete and on the CPU, or on their device behind the events.
 
-    def own(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.clone() if tensor.untyped_storage().data_ptr() in lent else tensor
+    Of the caller's own tensors, which may be overwritten while they are on their way, copies.
+    """
+    if all(takes(tensor.device.type) for tensor in _tensors(parcel.values)):
+        check_unchanged(parcel)
+    else:
+        parcel = pack(CpuQueue(torch.device("cpu")).receive(parcel))
 
-    return pytree.tree_map_only(torch.Tensor, own, CpuQueue(torch.device("cpu")).receive(parcel))
+    def is_lent(tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in lent
+
+    devices = {tensor.device for tensor in _tensors(parcel.values) if tensor.is_cuda and is_lent(tensor)}
+    values = pytree.tree_map_only(torch.Tensor, lambda x: x.clone() if is_lent(x) else x, parcel.values)
+    written = [torch.cuda.current_stream(device).record_event() for device in devices]
+    return pack(values, *parcel.events, *written)
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
 def _apart(lane: int, message: Message, doing: str) -> InputError:

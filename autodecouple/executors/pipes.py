@@ -170,6 +170,9 @@ class PipeLinks:
     def receive(self, lane: int) -> Message:
         return self.receivers[lane].receive()
 
+    def takes(self, kind: str) -> bool:
+        return kind == "cpu"
+
     def done(self, batch: int) -> None:
         for receiver in self.receivers.values():
             receiver.done(batch)

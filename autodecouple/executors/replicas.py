@@ -8,10 +8,8 @@ All that is exchanged comes in the same order on all replicas, since they run th
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -19,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from autodecouple.errors import InputError
-from autodecouple.executors.gloo import UNUSED_TAG, LinkLostError
+from autodecouple.executors.carriers import end_group
+from autodecouple.executors.gloo import LinkLostError
 from autodecouple.executors.world import World
 from autodecouple.shards import Shard
 from autodecouple.work import Flag, Work
@@ -122,6 +121,8 @@ class Replicas:
             self._carry(memory, lambda group, value: group.broadcast([value], options))
             with torch.no_grad():
                 tensor.copy_(memory.view(tensor.dtype).view_as(tensor))
+        for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
+            torch.cuda.synchronize(device)  # the lane reads them on another stream
 
     # ---------------------------------------------------------------- what groups do
 
@@ -178,14 +179,11 @@ class Replicas:
             self._changed.notify_all()
 
     def cut(self) -> None:
-        """End the connections, and the other replicas' waits (see `GlooLinks.cut`)."""
+        """End the connections, and the other replicas' waits."""
         self.lose()
-        for peer in range(self.size):
-            if peer != self.replica:
-                with contextlib.suppress(RuntimeError):
-                    self._group.recv([torch.zeros(1)], peer, UNUSED_TAG).wait(timedelta(milliseconds=1))
+        end_group(self._group, [peer for peer in range(self.size) if peer != self.replica])
         if self._device_group is not None:
-            self._device_group.abort()
+            end_group(self._device_group, ())
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

@@ -34,7 +34,8 @@ class Message:
     """Values on their way to another lane.
 
     kind, stage, micro_batch: which value, as in a job's parcels; batch: its number; rows, count: of the batch, and its
-    micro-batches; values: tensors on the CPU in any nested structure, and whatever else can be pickled
+    micro-batches; values: tensors in any nested structure, and whatever else can be pickled; events: after which those
+    on devices are complete
     """
 
     kind: str
@@ -44,6 +45,7 @@ class Message:
     rows: int = 0
     count: int = 1
     values: Any = None
+    events: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Layout:
 
     shift: bytes from a multiple of 64 to their beginning; where it is another, kernels that load many elements at once
            add them up in another order
+    device: the type of where they lie
     """
 
     shape: tuple[int, ...]
@@ -59,6 +62,7 @@ class Layout:
     dtype: torch.dtype
     shift: int
     num_bytes: int
+    device: str = "cpu"
 
     @property
     def room(self) -> int:
@@ -68,7 +72,7 @@ class Layout:
     def over(self, room: torch.Tensor) -> torch.Tensor:
         """The tensor in the room set aside for it."""
         memory = room[self.shift :]
-        tensor = torch.empty(0, dtype=self.dtype)
+        tensor = torch.empty(0, dtype=self.dtype, device=room.device)
         offset = memory.storage_offset() // tensor.element_size()
         return tensor.set_(memory.untyped_storage(), offset, self.shape, self.stride)
 
@@ -142,11 +146,11 @@ def _spread(tensor: torch.Tensor, payload: list[torch.Tensor]) -> Layout:
         tensor = tensor.contiguous()
     size = tensor.element_size()
     num_bytes = _span(tensor) * size
-    memory = torch.empty(0, dtype=torch.uint8)
+    memory = torch.empty(0, dtype=torch.uint8, device=tensor.device)
     memory.set_(tensor.untyped_storage(), tensor.storage_offset() * size, (num_bytes,), (1,))
     payload.append(memory)
     shift = tensor.data_ptr() % ALIGNMENT
-    return Layout(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, shift, num_bytes)
+    return Layout(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, shift, num_bytes, tensor.device.type)
 
 
 def layouts_in(described: Any) -> list[Layout]:

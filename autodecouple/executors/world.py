@@ -95,17 +95,21 @@ class World:
         """A process group of its own: what the user does with theirs, nobody here waits for."""
         return dist.ProcessGroupGloo(PrefixStore("gloo", self.store), self.rank, self.size, FOR_EVER)
 
-    def agree(self, program: Program, data: DataParallel) -> None:
-        """Raises PlanError, on every rank, where ranks have other plans, naming the first difference."""
-        mine = {**_summary(program), "data parallel": repr(data)}
-        self.store.set(f"plan/{self.rank}", json.dumps(mine))
-        keys = [f"plan/{rank}" for rank in range(self.size)]
+    def tell(self, name: str, text: str) -> list[str]:
+        """What every rank tells under this name; raises PeerError where one does not."""
+        self.store.set(f"{name}/{self.rank}", text)
+        keys = [f"{name}/{rank}" for rank in range(self.size)]
         try:
             self.store.wait(keys, ARRIVAL)
         except dist.DistStoreError as error:
             late = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
             raise PeerError(f"ranks {late} have not compiled the model within {ARRIVAL}: every rank must") from error
-        plans = [json.loads(self.store.get(key)) for key in keys]
+        return [self.store.get(key).decode() for key in keys]
+
+    def agree(self, program: Program, data: DataParallel) -> None:
+        """Raises PlanError, on every rank, where ranks have other plans, naming the first difference."""
+        mine = {**_summary(program), "data parallel": repr(data)}
+        plans = [json.loads(text) for text in self.tell("plan", json.dumps(mine))]
         self.store.set(f"read/{self.rank}", "")
         for rank, theirs in enumerate(plans):
             if theirs != plans[0]:

@@ -44,7 +44,8 @@ def gather_rows(head: nn.Module, exchange: Exchange) -> None:
 
     One that has a `together` gathers what it compares; any other is given the features of all, which takes more time.
     """
-    found = [m.together for m in head.modules() if isinstance(getattr(m, "together", None), Together)]
+    parts = [getattr(module, "together", None) for module in head.modules()]
+    found = [part for part in parts if isinstance(part, Together)]
     for together in found:
         together.exchange = exchange
     if not found:
