@@ -179,9 +179,9 @@ def _check_objectives(mine: Plan, theirs: Plan) -> None:
             )
 
 
-def _places(plan: Plan) -> set[tuple[str, tuple[str, ...], str]]:
+def _places(plan: Plan) -> set[tuple[str, tuple[str | None, ...], str]]:
     pairs = zip(plan.cuts, plan.stages, strict=False)
-    return {(cut.after, cut.features, stage.objective) for cut, stage in pairs if cut.detached}
+    return {(cut.after, (*cut.features, cut.input), stage.objective) for cut, stage in pairs if cut.detached}
 
 
 def _check_optimizers(pipeline: Pipeline, state: Mapping[str, Any], kept: frozenset[str]) -> None:
