@@ -16,7 +16,7 @@ from autodecouple.errors import InputError
 
 @dataclass(frozen=True)
 class TwoViews:
-    """A transform that gives two views of an image, (first(image), second(image)); for the `transform=` of a dataset."""
+    """A transform that gives two views of an image, (first(image), second(image)): `transform=` of a dataset."""
 
     first: Callable[[Any], Any]
     second: Callable[[Any], Any]

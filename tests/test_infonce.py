@@ -34,7 +34,7 @@ def infonce_by_hand(rows: list[Any], weights: list[Tensor], distances: list[int]
         predicted = [weight @ future for _, future in pairs]
         total = 0.0
         for i, (context, _) in enumerate(pairs):
-            scores = [float(context @ other) for other in predicted]
+            scores = [float((context @ other).detach()) for other in predicted]
             total += math.log(sum(math.exp(score - scores[i]) for score in scores))
         losses.append(total / max(1, len(pairs)))
     return sum(losses) / len(losses)

@@ -76,7 +76,7 @@ def test_scpls_views_are_images_of_the_size_asked_for() -> None:
     image = torch.randint(256, (3, 32, 32), dtype=torch.uint8)
     first, second = TwoViews.scpl(32)(image)
     assert first.shape == second.shape == (3, 32, 32) and first.dtype == second.dtype == torch.float32
-    assert 0 <= first.min() and second.max() <= 1
+    assert first.min() >= 0 and second.max() <= 1
     normal, _ = TwoViews.scpl(32, (0.5,) * 3, (0.5,) * 3)(image)
     assert normal.min() < 0
 

@@ -118,15 +118,13 @@ class InfoPro:
         l1, l2 = self.at(self.reconstruction, self.depth), self.at(self.comparison, self.depth)
         if l1 and self.input is None:
             raise InputError(f"{self.name!r} knows no input yet: compile() and plan() tell it, elsewhere use placed()")
-        task = TaskHead(self._compare(features, signal), l2) if l2 else None
-        if self.input is not None:
-            return InfoProHead(decoder(features, self.input, self), l1, task)
-        if task is None:
+        if not (l1 or l2):
             raise InputError(
                 f"both weights of {self.name!r} are 0 at depth {self.depth:.2f} (0 the first hidden stage, 1 the last):"
                 " the stage would not be trained"
             )
-        return task
+        task = TaskHead(self._compare(features, signal), l2)
+        return task if self.input is None else InfoProHead(decoder(features, self.input, self), l1, task)
 
     def _compare(self, features: TensorSpec, signal: TensorSpec) -> nn.Module:
         if not self.conv:
@@ -149,9 +147,9 @@ class TaskHead(nn.Module):
 
 
 class InfoProHead(nn.Module):
-    """Reconstruction and, unless that is left out, the task."""
+    """Reconstruction and the task; a task without weight is there, so that a checkpoint of other stages fits."""
 
-    def __init__(self, rebuild: nn.Module, weight: float, task: TaskHead | None) -> None:
+    def __init__(self, rebuild: nn.Module, weight: float, task: TaskHead) -> None:
         super().__init__()
         self.rebuild = rebuild
         self.weight = weight
@@ -161,7 +159,7 @@ class InfoProHead(nn.Module):
         self, features: Tensor, given: Tensor, signal: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         loss = self.weight * self.rebuild(features, given.detach(), mask)
-        return loss if self.task is None else loss + self.task(features, signal, mask)[0], signal
+        return loss + self.task(features, signal, mask)[0] if self.task.weight else loss, signal
 
 
 class Compare(nn.Module):
