@@ -38,10 +38,28 @@ EXITING: list[Any] = [
 # ---------------------------------------------------------------- the pieces
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
-@given(program=programs(), n_stages=st.integers(2, 4), rows=st.integers(2, 5))
-def test_the_pieces_are_the_model_in_evaluation_mode(program: Program, n_stages: int, rows: int) -> None:
+CASES: dict[str, Any] = {"program": programs(), "n_stages": st.integers(2, 4), "rows": st.integers(2, 5)}
+CHECKS = [HealthCheck.too_slow, HealthCheck.filter_too_much]
+
+
+@pytest.mark.timeout(120)
+@settings(max_examples=6, deadline=None, suppress_health_check=CHECKS)
+@given(**CASES)
+def test_the_pieces_are_the_model_in_evaluation_mode(**case: Any) -> None:
     """Law 1 of the evaluation mode: whatever the cuts, the same outputs to the last bit."""
+    check_pieces(**case)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@settings(max_examples=80, deadline=None, suppress_health_check=CHECKS)
+@given(**CASES)
+def test_the_pieces_are_the_model_at_length(**case: Any) -> None:
+    """The same on more models."""
+    check_pieces(**case)
+
+
+def check_pieces(program: Program, n_stages: int, rows: int) -> None:
     assume(trains(program))
     model = program.model()
     try:
@@ -369,7 +387,9 @@ def test_stages_without_a_classifier_have_no_exit() -> None:
     with decoupled:
         assert decoupled.exits.stages == (3,)
         for stage, why in ((0, "'supcon' has no classifier"), (1, "'deinforeg' has no classifier"), (2, "'bp'")):
-            with pytest.raises(InputError, match=rf"stage {stage} has no exit, since .*{why}.*; exits are at the stages 3"):
+            with pytest.raises(
+                InputError, match=rf"stage {stage} has no exit, since .*{why}.*; exits are at the stages 3"
+            ):
                 decoupled.exits.predict(x, stage)
         with pytest.raises(InputError, match="there is no stage 4"):
             decoupled.exits.predict(x, 4)
