@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from autodecouple.errors import InputError
 from autodecouple.objectives.heads import widen
+from autodecouple.passes.divide import Piece
 from autodecouple.walk import Walk, way_back
 
 if TYPE_CHECKING:
@@ -43,8 +44,9 @@ class Exits:
     @property
     def stages(self) -> tuple[int, ...]:
         """The stages that have an exit; the last one always has."""
-        pipeline = self._decoupled._compiled
-        return tuple(stage for stage in range(len(pipeline.stages)) if self._why_not(stage) is None)
+        if self._decoupled._pieces is None:
+            return ()
+        return tuple(stage for stage in range(len(self._decoupled.stages)) if self._why_not(stage) is None)
 
     def predict(self, inputs: Any, stage: int) -> Tensor:
         """The scores at one exit; what lies behind its stage is not computed.
@@ -68,11 +70,11 @@ class Exits:
 
     def ensemble(self, inputs: Any, stages: Sequence[int] | None = None) -> Tensor:
         """Logarithms of the mean of the probabilities at these exits; None is all of them."""
-        chosen = self.stages if stages is None else tuple(stages)
+        found = self.all(inputs)
+        chosen = tuple(found if stages is None else stages)
         self._check(chosen)
         if not chosen:
-            raise InputError(f"stages is empty; name at least one of the exits {_listed(self.stages)}")
-        found = self.all(inputs)
+            raise InputError(f"stages is empty; name at least one of the exits {', '.join(map(str, found))}")
         scores = [found[stage].to(found[chosen[-1]].device) for stage in chosen]
         if len({tuple(each.shape) for each in scores}) > 1:
             raise InputError(
@@ -113,33 +115,38 @@ class Exits:
 
     # ---------------------------------------------------------------- which, and how
 
-    def _walk(self, inputs: Any) -> Walk:
-        self._decoupled._gather()
+    @property
+    def _pieces(self) -> tuple[Piece, ...]:
+        """The evaluation mode in pieces; raises InputError where there is none."""
         pieces = self._decoupled._pieces
         if pieces is None:
             raise InputError(
                 "the model's evaluation mode could not be captured, or not be cut where the training mode is: there is"
                 " no inference beside decoupled(x)"
             )
-        return Walk(self._decoupled._compiled, pieces, inputs)
+        return pieces
+
+    def _walk(self, inputs: Any) -> Walk:
+        self._decoupled._gather()
+        return Walk(self._decoupled._compiled, self._pieces, inputs)
 
     def _check(self, stages: Sequence[int]) -> None:
+        count, has = len(self._pieces), ", ".join(map(str, self.stages))
         for stage in stages:
-            if not isinstance(stage, int) or not 0 <= stage < len(self._decoupled._compiled.stages):
-                raise InputError(f"there is no stage {stage!r}; exits are at the stages {_listed(self.stages)}")
+            if not isinstance(stage, int) or not 0 <= stage < count:
+                raise InputError(f"there is no stage {stage!r}; exits are at the stages {has}")
             if why := self._why_not(stage):
-                has = _listed(self.stages)
                 raise InputError(f"stage {stage} has no exit, since {why}; exits are at the stages {has}")
 
     def _why_not(self, stage: int) -> str | None:
         """Why a stage has no exit, None if it has one."""
-        pipeline, pieces = self._decoupled._compiled, self._decoupled._pieces
+        pipeline = self._decoupled._compiled
         if stage == len(pipeline.plan.cuts):
             return None
         for encoder in way_back(pipeline, stage):
             if not getattr(pipeline.codes[encoder].head, "predicts", False):
                 return f"its loss {pipeline.plan.stages[encoder].objective!r} has no classifier"
-        if pieces is not None and pieces[stage].features is None:
+        if self._pieces[stage].features is None:
             return "the evaluation mode computes something else than what its head reads"
         return None
 
@@ -193,7 +200,3 @@ class _Chooser:
     def result(self) -> Adaptive:
         assert self.scores is not None
         return Adaptive(self.scores, self.stages)
-
-
-def _listed(stages: Sequence[int]) -> str:
-    return ", ".join(map(str, stages))

@@ -217,7 +217,7 @@ class Pipeline:
             return Job(index, self.programs.full, self.plan, None, None, 0, self.options.seed)
         leaves = bind(self.graph, inputs)
         names = [node.name for node in self.graph.train.graph.find_nodes(op="placeholder")]
-        rows = _rows(self.graph, leaves)
+        rows = rows_of(self.graph, leaves)
         if rows < self.programs.smallest:
             raise InputError(
                 f"a batch of {rows} row cannot be trained on: BatchNorm needs more than one value per channel. Drop the"
@@ -313,7 +313,7 @@ def _batch_dims(graph: Graph, codes: tuple[StageCode, ...]) -> dict[str, int | N
     return dims
 
 
-def _rows(graph: Graph, leaves: list[Any]) -> int:
+def rows_of(graph: Graph, leaves: list[Any]) -> int:
     """Rows of the batch: those of the first input that has them."""
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     dynamic = [leaf for spec, leaf in zip(graph.inputs, tensors, strict=True) if spec.batch_dim == 0]

@@ -14,7 +14,7 @@ from autodecouple.objectives.criterion import logits_of
 from autodecouple.passes.capturing.bind import bind
 from autodecouple.passes.divide import NO_ROWS, Piece, output_values
 from autodecouple.passes.inference import to_device
-from autodecouple.pipeline import Pipeline
+from autodecouple.pipeline import Pipeline, rows_of
 from autodecouple.plans import Cut
 from autodecouple.states import evaluating
 
@@ -30,10 +30,10 @@ class Walk:
         self.pipeline = pipeline
         self.pieces = pieces
         self.stage = -1
+        leaves = bind(pipeline.graph, inputs)
+        self.num_rows = rows_of(pipeline.graph, leaves)
         names = [node.name for node in pipeline.graph.evaluation.graph.find_nodes(op="placeholder")]
-        self.values = dict(zip(names, bind(pipeline.graph, inputs), strict=True))
-        batched = [node.name for node in pipeline.graph.inputs if node.batch_dim == 0]
-        self.num_rows = len(next(self.values[name] for name in names if name in batched))
+        self.values = dict(zip(names, leaves, strict=True))
 
     @property
     def piece(self) -> Piece:

