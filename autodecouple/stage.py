@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -42,7 +42,7 @@ class Training:
     accumulate: int = 1
     on_nonfinite: str = "raise"
     recompute: bool = False
-    data_parallel: DataParallel = DataParallel()
+    data_parallel: DataParallel = field(default_factory=DataParallel)
 
 
 class Replicas(Protocol):

@@ -181,10 +181,9 @@ def _check_objectives(mine: Plan, theirs: Plan) -> None:
 
 def _places(plan: Plan) -> set[tuple[str, tuple[str | None, ...], str, bool]]:
     """The last says whether the head is given an encoding: such heads have other shapes than the first."""
-    pairs = zip(plan.cuts, plan.stages, strict=False)
     return {
-        (cut.after, (*cut.features, *cut.sides, cut.input), stage.objective, plan.signal_source(stage.index) is not None)
-        for cut, stage in pairs
+        (cut.after, (*cut.features, *cut.sides, cut.input), stage.objective, plan.signal_source(index) is not None)
+        for index, (cut, stage) in enumerate(zip(plan.cuts, plan.stages, strict=False))
         if cut.detached
     }
 

@@ -54,7 +54,7 @@ EXPLANATION = 5.0
 
 
 class Distributed:
-    """Runs the lane of this rank; without replicas rank r is lane r. The operators' threads are those that torch uses in this process.
+    """Runs the lane of this rank; without replicas rank r is lane r. Operators have as many threads as torch uses here.
 
     `gather` is collective, as are `synchronize` and `close` (unless it aborts): every rank must call them, at the same
     places. After the failure of any rank all of them end: that one with its error, the others with PeerError.
