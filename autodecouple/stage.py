@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -41,13 +41,17 @@ class Training:
     accumulate: int = 1
     on_nonfinite: str = "raise"
     recompute: bool = False
-    data_parallel: DataParallel = DataParallel()
+    data_parallel: DataParallel = field(default_factory=DataParallel)
 
 
 class Replicas(Protocol):
     """The other processes that train a stage; `share` is how much of the global batch's rows is here."""
 
     share: float
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Of all replicas."""
+        ...
 
     def unite(self, parameters: Sequence[nn.Parameter], work: Work, judge: Work) -> None:
         """Let gradients, and the losses in `judge`, be those of the global batch."""
@@ -145,8 +149,6 @@ class Stage:
         Returns the signal that the head passes on.
         """
         assert self.code.head is not None
-        if self.replicas is not None:
-            self.replicas.share = work.share
         chosen = sorted(work.passages) if micro_batch is None else [micro_batch]
         passages = [work.passages[m] for m in chosen]
         leaves = {name: self._join(name, passages) for name in self._read}

@@ -18,7 +18,7 @@ LAYERS: tuple[set[str], ...] = (
     {"errors", "_version"},
     {"plans", "timeline", "schedules", "devices"},
     {"simulator", "cost", "view"},
-    {"graph", "objectives", "passes", "randomness", "shards", "signals"},
+    {"graph", "objectives", "passes", "randomness", "shards", "signals", "synced"},
     {"replication", "stage", "stage_state", "work"},
     {"executors"},
     {"options", "pipeline", "optimizers", "states", "flat", "storage", "checkpoints", "fitting", "replanning"},
