@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional
 from torch.utils import _pytree as pytree
 
+from autodecouple import synced
 from autodecouple.errors import InputError
 from autodecouple.shards import Piece, Shard, row_sizes
 
@@ -28,13 +29,15 @@ _default_generator = threading.RLock()
 class Randomness:
     """The key of one micro-batch's random numbers; seed None draws from torch's default generator instead.
 
-    shard: where the batch is part of a global one, whose masks are drawn: every replica takes its own rows of them
+    shard: where the batch is part of a global one, whose masks are drawn: every replica takes its own rows of them;
+    exchange: with the other replicas, for synchronised norms
     """
 
     seed: int | None
     batch: int = 0
     micro_batch: int = 0
     shard: Shard | None = None
+    exchange: synced.Exchange | None = None
 
     def key(self, node: str) -> int:
         """63 bits, the same on every machine."""
@@ -116,6 +119,13 @@ class Randomness:
             blind = (mask == -torch.inf).all(-1, keepdim=True)
             weights = weights + mask.masked_fill(blind, 0.0)
         return (self.dropout(weights.softmax(-1), dropout, node, rows) @ value).masked_fill(blind, 0.0)
+
+    def batch_norm(self, x: torch.Tensor, *options: Any) -> torch.Tensor:
+        """Normalise by the rows of all replicas."""
+        if self.exchange is not None:
+            return synced.batch_norm(self.exchange, x, *options)
+        out: torch.Tensor = torch.ops.aten.batch_norm.default(x, *options)
+        return out
 
     def seeded_rows(self, operation: Any, node: str, *args: Any, **kwargs: Any) -> Any:
         """The same as `seeded` for numbers that differ from row to row: replicas draw other ones, each its own.

@@ -50,6 +50,10 @@ class Replicas(Protocol):
 
     share: float
 
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Of all replicas."""
+        ...
+
     def unite(self, parameters: Sequence[nn.Parameter], work: Work, judge: Work) -> None:
         """Let gradients, and the losses in `judge`, be those of the global batch."""
         ...
@@ -157,8 +161,6 @@ class Stage:
         Returns the signal that the head passes on.
         """
         assert self.run_head is not None
-        if self.replicas is not None:
-            self.replicas.share = work.share
         chosen = sorted(work.passages) if micro_batch is None else [micro_batch]
         passages = [work.passages[m] for m in chosen]
         leaves = {name: self._join(name, passages) for name in self._read}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from autodecouple.graph import LEAF, Graph, attribute, is_free, operations
+from autodecouple.graph import LEAF, Graph, attribute, is_free, module_classes, operations
 from autodecouple.passes.capturing.autocast import call_method, called
 from autodecouple.passes.capturing.vmaps import BODIES
 from autodecouple.plans import Cut, Plan
@@ -219,9 +219,11 @@ def _criterion(work: fx.Graph, index: int, signal: fx.Node) -> fx.Node:
 
 
 def key_randomness(work: fx.Graph, randomness: fx.Node) -> None:
-    """Let every operation that draws random numbers draw keyed ones."""
+    """Let every operation that draws random numbers draw keyed ones, and synchronised norms know their replicas."""
     symbols = batch_symbols(work)
     for node in operations(work):
+        if is_synced(node):
+            call_method(node, "batch_norm", (randomness, *called(node)[1]))
         if not draws(node):
             continue
         operation, args = (node.args[0], node.args[1:]) if LEAF in node.meta else called(node)
@@ -234,6 +236,14 @@ def key_randomness(work: fx.Graph, randomness: fx.Node) -> None:
         else:
             method = "seeded" if dim is None else "seeded_rows"
             call_method(node, method, (randomness, operation, node.name, *args))
+
+
+def is_synced(node: fx.Node) -> bool:
+    """Whether an operation is the training forward of a SyncBatchNorm."""
+    operation, args = called(node)
+    if operation is not aten.batch_norm.default or args[5] is not True:
+        return False
+    return any(kind == "SyncBatchNorm" for _, kind in module_classes(node)[-1:])
 
 
 def batch_symbols(work: fx.Graph) -> set[str]:

@@ -41,7 +41,8 @@ def capture(model: nn.Module, example_inputs: Any, *, mode: str = "train", dynam
     """
     if mode not in MODES:
         raise InputError(f'mode must be "train" or "eval", not {mode!r}')
-    with surroundings.neutral(), surroundings.quiet(), surroundings.held(surroundings.cache_settings(model)):
+    settings = (surroundings.NOT_SYNCED, *surroundings.cache_settings(model))
+    with surroundings.neutral(), surroundings.quiet(), surroundings.held(settings):
         example = _example(example_inputs, dynamic)
         graph = _capture(model, example, training=mode == "train")
         if example.is_real and device_of(model).type != "meta":

@@ -100,6 +100,16 @@ def test_two_lanes_of_two_replicas_equal_one_process(case: str) -> None:
 
 
 @pytest.mark.dist
+@pytest.mark.parametrize("loss", ["early_exit", pytest.param("supcon", marks=pytest.mark.slow)])
+def test_synchronised_norms_see_the_global_batch(loss: str) -> None:
+    """Where the model has SyncBatchNorm: normalised by the rows of all replicas, also where shards are unequal."""
+    rows = [parts(8, 2)] * 20 + [(3, 2), (2, 5)]
+    batches = global_batches("synced", [sum(sizes) for sizes in rows])
+    expected = one_process("synced", 2, loss, batches, optimizer=sgd)
+    assert_equal_to(expected, replicated(2, TOGETHER, "synced", 2, loss, rows, optimizer=sgd), 2)
+
+
+@pytest.mark.dist
 @pytest.mark.slow
 def test_micro_batches_of_replicas_are_not_those_of_the_global_batch() -> None:
     """Three of 4 rows and three of 3 are other slices than three of 7; masks are those of the global batch all the

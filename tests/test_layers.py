@@ -18,7 +18,7 @@ LAYERS: tuple[set[str], ...] = (
     {"errors", "_version"},
     {"plans", "timeline", "schedules", "devices"},
     {"simulator", "cost", "view"},
-    {"graph", "objectives", "passes", "randomness", "shards", "signals", "two_views"},
+    {"graph", "objectives", "passes", "randomness", "shards", "signals", "synced", "two_views"},
     {"halves", "replication", "stage", "stage_state", "work"},
     {"backends"},
     {"executors"},

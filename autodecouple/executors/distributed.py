@@ -54,7 +54,9 @@ EXPLANATION = 5.0
 
 
 class Distributed:
-    """Runs the lane of this rank; without replicas rank r is lane r. Operators have as many threads as torch uses here.
+    """Runs the lane of this rank; without replicas rank r is lane r.
+
+    The operators' threads are those that torch uses in this process.
 
     `gather` is collective, as are `synchronize` and `close` (unless it aborts): every rank must call them, at the same
     places. After the failure of any rank all of them end: that one with its error, the others with PeerError.
@@ -187,9 +189,12 @@ class Distributed:
             self._fail()
 
     def _leave(self) -> None:
-        """Part in peace: what was sent arrives, to replicas, too, whose connections end when nobody uses them."""
+        """Part in peace: what was sent arrives, and from here on nobody's end is a failure."""
         with self._guarded():
+            self._peers.end()
             self._links.end(self._batches)
+            if self._replicas is not None:
+                self._replicas.end()
             self._stop()
 
     def _stop(self) -> None:

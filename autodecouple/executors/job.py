@@ -99,7 +99,9 @@ class Job:
         received = queue.receive(self.parcels.pop(("activations", stage.index, micro_batch)))
         if stage.wants_signal:
             self.work[stage.index].signal = self._signal(stage.index, None, queue)
-        randomness = Randomness(self.seed, self.index, micro_batch, self.shard)
+        if stage.replicas is not None:
+            stage.replicas.share = self.work[stage.index].share
+        randomness = Randomness(self.seed, self.index, micro_batch, self.shard, stage.replicas)
         sent = stage.forward(self.work[stage.index], micro_batch, received, randomness)
         if stage.index + 1 < len(self.plan.stages):
             self.parcels["activations", stage.index + 1, micro_batch] = queue.send(sent)

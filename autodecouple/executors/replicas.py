@@ -8,6 +8,7 @@ All that is exchanged comes in the same order on all replicas, since they run th
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -105,6 +106,12 @@ class Replicas:
 
     # ---------------------------------------------------------------- rows of all replicas
 
+    def sum(self, values: Tensor) -> Tensor:
+        """Of all replicas; no gradient."""
+        total = values.detach().clone()
+        self._reduce(total)
+        return total
+
     def all_gather(self, rows: Tensor) -> list[Tensor]:
         """The rows (R, ...) of every replica, of which each may have another number; no gradient."""
         counts = [int(each) for each in self._gather_alike(torch.tensor([len(rows)]))]
@@ -155,22 +162,31 @@ class Replicas:
 
     def _wait(self, work: Any) -> None:
         """Not inside gloo, which nothing but a peer or a timeout could end."""
-        future = work.get_future()
-        future.add_done_callback(lambda _: self._wake())
-        with self._changed:
-            self._changed.wait_for(lambda: self._lost is not None or future.done())
+        self._landed(work)
         self.check()
         work.wait()
 
-    def _wake(self) -> None:
-        with self._changed:
-            self._changed.notify_all()
+    def _landed(self, work: Any, seconds: float | None = None) -> None:
+        """Wait until it is done, all is lost or the time is over.
+
+        gloo's thread is given nothing that holds the group: dropped there last, the group would wait for that thread.
+        """
+        future, changed = work.get_future(), self._changed
+        future.add_done_callback(lambda _: _wake(changed))
+        with changed:
+            changed.wait_for(lambda: self._lost is not None or future.done(), seconds)
 
     # ---------------------------------------------------------------- the end
 
     def check(self) -> None:
         if self._lost is not None:
             raise self._lost
+
+    def end(self, seconds: float = 10.0) -> None:
+        """Wait a little until all replicas end: with the first of them the store may go."""
+        with contextlib.suppress(RuntimeError):
+            whole = [torch.zeros(1) for _ in range(self.size)]
+            self._landed(self._group.allgather([whole], [torch.zeros(1)]), seconds)
 
     def lose(self, cause: BaseException | None = None) -> None:
         """Fail whoever waits here, now and later."""
@@ -184,6 +200,11 @@ class Replicas:
         end_group(self._group, [peer for peer in range(self.size) if peer != self.replica])
         if self._device_group is not None:
             end_group(self._device_group, ())
+
+
+def _wake(changed: threading.Condition) -> None:
+    with changed:
+        changed.notify_all()
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

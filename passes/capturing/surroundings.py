@@ -16,9 +16,13 @@ import torch
 from torch import nn
 from torch.export import _trace
 from torch.nn.modules import transformer
+from torch.nn.modules.batchnorm import _BatchNorm
 
 Setting = tuple[Any, str, Any]
 """An object, the name of an attribute, and the value that it shall have."""
+
+NOT_SYNCED: Setting = (nn.SyncBatchNorm, "forward", _BatchNorm.forward)
+"""Where torch.distributed is initialised, SyncBatchNorm would talk to other ranks: replicas are a stage's, not ours."""
 
 _CALL = "_compiled_call_impl"
 """Where nn.Module looks for a compiled form of its call."""
