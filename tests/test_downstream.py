@@ -183,6 +183,12 @@ def captured(kind: str) -> tuple[nn.Module, Graph, tuple[Any, ...]]:
     return graph.model, graph, find_cuts(graph)
 
 
+@functools.cache
+def initial(kind: str) -> dict[str, Tensor]:
+    """The weights as they were captured; asked for before anything trains."""
+    return {name: value.clone() for name, value in captured(kind)[0].state_dict().items()}
+
+
 def chain(kind: str) -> Chain:
     _, graph, candidates = captured(kind)
     return find_chain(graph, candidates)
@@ -236,7 +242,9 @@ def test_blocks_are_the_modules_that_repeat(kind: str, blocks: list[str], tail: 
 
 
 def test_an_lstm_of_one_module_has_its_layers_for_blocks() -> None:
-    assert len(chain("lstm").blocks) == 3 - (chain("lstm").tails[0].name != "fc")
+    found = chain("lstm")
+    assert [block.name for block in found.blocks] == [f"lstm.lstm_layer{i}" for i in range(3)]
+    assert found.tails[0].name == "fc"
 
 
 def test_blocks_follow_each_other_up_to_the_output_layers() -> None:
@@ -275,7 +283,7 @@ def test_narrowing_is_auglocals(blocks: int, n_stages: int) -> None:
         (Downstream(blocks=2, budget=None), "stem", ["layers.2", "layers.4"]),
         (Downstream(blocks=5, budget=None), "stem", [f"layers.{i}" for i in range(5)]),
         (Downstream(blocks=1, budget=None), "layers.1", ["layers.4"]),
-        (Downstream(blocks=3, budget=None), "layers.1", ["layers.3", "layers.4"]),
+        (Downstream(blocks=3, budget=None), "layers.1", ["layers.2", "layers.3", "layers.4"]),
         (Downstream(blocks=3, budget=1e-9), "stem", ["layers.4"]),
         (Downstream(blocks=2), "layers.4", []),
     ],
@@ -371,9 +379,10 @@ def test_fresh_weights_keep_orthogonality_and_biases() -> None:
 # The plan
 
 
-@pytest.mark.parametrize("kind", list(MODELS))
+@pytest.mark.parametrize("kind", ["cnn", "transformer", "dense", "perceptron"])
 def test_the_plan_charges_what_the_heads_compute(kind: str) -> None:
-    make, x, y, criterion = MODELS[kind]
+    """torch's counter knows neither the LSTM nor the CPU's fused attention, so that the others are left out."""
+    _, _, y, _ = MODELS[kind]
     with decoupled_of(kind) as decoupled:
         for stage in decoupled.stages[:-1]:
             spec = decoupled.plan.stages[stage.index]
@@ -393,11 +402,12 @@ def _random(spec: Any) -> Tensor:
 
 
 def decoupled_of(kind: str, n_stages: int = 3, loss: Any = "downstream", **options: Any) -> Any:
-    """A pipeline on a fresh copy of the captured weights."""
-    make, x, _, criterion = MODELS[kind]
-    torch.manual_seed(3)
-    options = {"executor": "inline", "devices": ["cpu"], "criterion": criterion, "example_inputs": x} | options
-    return autodecouple.compile(make(), n_stages, loss, **options)
+    """A pipeline on the captured model with its initial weights: one at a time per kind."""
+    model, graph, _ = captured(kind)
+    model.load_state_dict(initial(kind))
+    model.zero_grad(set_to_none=True)
+    options = {"executor": "inline", "devices": ["cpu"], "criterion": MODELS[kind][3]} | options
+    return autodecouple.compile(graph, n_stages, loss, **options)
 
 
 def test_the_plan_goes_to_json_and_back() -> None:
@@ -487,7 +497,9 @@ def test_smaller_batches_go_through_the_heads() -> None:
 
 def test_sequences_of_any_length_go_through_the_heads() -> None:
     x = tokens()
-    with decoupled_of("language", dynamic=(1,)) as decoupled:
+    options: dict[str, Any] = {"executor": "inline", "devices": ["cpu"], "criterion": next_token}
+    model = Language(num_layers=3)
+    with autodecouple.compile(model, 2, "downstream", example_inputs=x, dynamic=(1,), **options) as decoupled:
         for length in (TOKENS, 4, 6):
             assert all(loss == loss for loss in decoupled.train_step(x[:, :length], x[:, :length]).losses)
 
