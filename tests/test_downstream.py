@@ -56,9 +56,7 @@ class Net(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3, 4, 3, padding=1)
         widths = (4, 4, 6, 6, 8)
-        self.layers = nn.Sequential(
-            *(Residual(i, o, 1 + (o > i)) for i, o in zip((4, *widths), widths, strict=False))
-        )
+        self.layers = nn.Sequential(*(Residual(i, o, 1 + (o > i)) for i, o in zip((4, *widths), widths, strict=False)))
         self.fc = nn.Linear(8, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
