@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
+from stage_builder import UNKEYED
 from training_tools import assert_same, compiled, make_batches, train
 
 import autodecouple
@@ -143,7 +145,7 @@ class Dense(nn.Module):
 
 
 def plain(*widths: int) -> nn.Sequential:
-    return nn.Sequential(*(m for pair in zip(widths, widths[1:], strict=False) for m in (nn.Linear(*pair), nn.Tanh())))
+    return nn.Sequential(*(m for pair in itertools.pairwise(widths) for m in (nn.Linear(*pair), nn.Tanh())))
 
 
 def next_token(scores: Tensor, tokens: Tensor) -> Tensor:
@@ -429,27 +431,26 @@ def test_every_family_trains(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", list(MODELS))
-def test_every_parameter_of_a_stage_gets_its_gradient_from_its_own_loss(kind: str) -> None:
-    """Isolation: with all losses but one times zero, only that stage's parameters have a gradient that is not."""
+def test_every_parameter_has_a_gradient_of_its_own_stages_loss_and_of_no_other(kind: str) -> None:
+    """By autograd, of the whole graph with the plan in it."""
     _, x, y, _ = MODELS[kind]
-    grads: dict[int, list[Tensor | None]] = {}
-
-    class Keep(torch.optim.SGD):
-        def step(self, closure: Any = None) -> None:
-            grads[id(self)] = [p.grad for group in self.param_groups for p in group["params"]]
-
-    with decoupled_of(kind, optimizer=lambda params: Keep(params, lr=0.0)) as decoupled:
-        for _ in range(1):
-            decoupled.train_step(x, y)
-        decoupled.synchronize()
+    with decoupled_of(kind) as decoupled:
+        losses, _ = decoupled._compiled.module(x, y, UNKEYED)
         for stage in decoupled.stages:
-            names = [name for name, p in stage.code.body.named_parameters() if p.requires_grad]
-            found = grads[id(stage.optimizer)]
-            assert all(g is not None for g in found), names
-    bodies = [{id(p) for p in stage.code.body.parameters()} for stage in decoupled.stages]
-    heads = [{id(p) for p in stage.code.head.parameters()} for stage in decoupled.stages]
-    every = [*bodies, *heads]
-    assert sum(map(len, every)) == len(set().union(*every))
+            parts = (stage.code.body, stage.code.head)
+            named = {f"{index}.{n}": p for index, m in enumerate(parts) for n, p in m.named_parameters()}
+            for index, loss in enumerate(losses):
+                found = torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True)
+                reached = {name for name, gradient in zip(named, found, strict=True) if gradient is not None}
+                assert reached == (set(named) if index == stage.index else set())
+
+
+def test_another_plan_of_the_same_capture_asks_for_no_price_twice() -> None:
+    graph = dataclasses.replace(captured("cnn")[1])  # which forgets all prices
+    autodecouple.plan(graph, n_stages=3, loss=Downstream(budget=None), devices=["cpu"])
+    known = dict(graph.memo["prices"])
+    autodecouple.plan(graph, n_stages=2, loss=Downstream(budget=None), devices=["cpu"])
+    assert known and graph.memo["prices"] == known
 
 
 def test_the_model_comes_back_without_heads() -> None:

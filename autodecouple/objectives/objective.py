@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import nn
 

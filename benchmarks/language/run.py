@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import pydoc_data.topics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -21,9 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import OneCycleLR
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import autodecouple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+
+from zoo.ops import transformers
 
 LENGTH, ROWS, TESTS = 64, 16, 20
 
@@ -72,7 +76,7 @@ def text() -> tuple[int, Tensor]:
 def gpt(letters: int, layers: int, width: int) -> nn.Module:
     sizes = {"vocab_size": letters, "n_positions": LENGTH, "n_embd": width, "n_layer": layers, "n_head": 4}
     rates = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # a text is seen less than once
-    return GPT2LMHeadModel(GPT2Config(**sizes, **rates, tie_word_embeddings=False))
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **rates, tie_word_embeddings=False))
 
 
 def batches(codes: Tensor, count: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from autodecouple.graph import Graph
-from autodecouple.passes.downstream.chain import Segment, positions
+from autodecouple.passes.downstream.chain import positions
 from autodecouple.passes.downstream.route import Route
 from autodecouple.plans import Cut, TensorSpec
 
