@@ -153,6 +153,11 @@ class Graph:
             return guess
         return self.target
 
+    @functools.cached_property
+    def memo(self) -> dict[Any, Any]:
+        """What passes have found out about this capture, for the next plan of it."""
+        return {}
+
     def parameter_uses(self) -> Mapping[str, list[int]]:
         """Positions at which each trainable parameter is used, by its name in the model."""
         return self._uses

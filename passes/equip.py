@@ -78,7 +78,11 @@ class _Offer:
 
     @cached_property
     def chain(self) -> Chain:
-        return find_chain(self.graph, self.candidates)
+        memo = self.graph.memo
+        if "chain" not in memo:
+            memo["chain"] = find_chain(self.graph, self.candidates)
+        chain: Chain = memo["chain"]
+        return chain
 
     @cached_property
     def _average(self) -> float:

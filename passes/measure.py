@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from autodecouple.graph import LEAF, Graph, attribute, dtype_from, spec_of
 from autodecouple.objectives.gather import gathered_head
-from autodecouple.objectives.objective import Objective, Signal, input_of
+from autodecouple.objectives.objective import Objective, Signal, input_of, price_key
 from autodecouple.passes.measuring.flops import flop_counter
 from autodecouple.passes.measuring.lifetimes import Footprint, Measured
 from autodecouple.passes.measuring.profile import PeakMemory, Profile, Profiler, Workspaces, keyed
@@ -54,7 +54,16 @@ class HeadCost:
 
 
 def head_cost(objective: Objective, features: Sequence[TensorSpec], signal: Signal) -> HeadCost:
-    """Build the objective's head on fake tensors and count one training step of it; the same is counted once."""
+    """Build the objective's head on fake tensors and count one training step of it; the same is counted once.
+
+    What is bound to a model keeps its prices there, in `prices`, and goes with it.
+    """
+    prices: dict[Any, HeadCost] | None = getattr(objective, "prices", None)
+    if prices is not None:
+        key = price_key(objective), *((spec.shape, spec.dtype) for spec in features), signal
+        if key not in prices:
+            prices[key] = _head_cost.__wrapped__(objective, tuple(features), signal)
+        return prices[key]
     if isinstance(objective, Hashable):
         return _head_cost(objective, tuple(features), signal)
     return _head_cost.__wrapped__(objective, tuple(features), signal)

@@ -161,3 +161,13 @@ def test_overhead(tmp_path: Path) -> None:
     for name in ("small", "small text"):
         options = ["--networks", name, "--rounds", "1", "--seconds", "0.01", "--stages", "3"]
         assert run("overhead", *options, folder=tmp_path)[name]["apart"] < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_language(tmp_path: Path) -> None:
+    options = ["--methods", "bp", "downstream", "--steps", "3", "--layers", "3", "--width", "16", "--stages", "2"]
+    results = run("language", *options, folder=tmp_path)
+    assert [result["method"] for result in results] == ["bp", "downstream"]
+    assert all(0 < result["loss"] < 6 for result in results)
+    assert results[0]["share"] == 0 < results[1]["share"] < 1

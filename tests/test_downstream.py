@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
+from stage_builder import UNKEYED
 from training_tools import assert_same, compiled, make_batches, train
 
 import autodecouple
@@ -56,9 +58,7 @@ class Net(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3, 4, 3, padding=1)
         widths = (4, 4, 6, 6, 8)
-        self.layers = nn.Sequential(
-            *(Residual(i, o, 1 + (o > i)) for i, o in zip((4, *widths), widths, strict=False))
-        )
+        self.layers = nn.Sequential(*(Residual(i, o, 1 + (o > i)) for i, o in zip((4, *widths), widths, strict=False)))
         self.fc = nn.Linear(8, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ class Dense(nn.Module):
 
 
 def plain(*widths: int) -> nn.Sequential:
-    return nn.Sequential(*(m for pair in zip(widths, widths[1:], strict=False) for m in (nn.Linear(*pair), nn.Tanh())))
+    return nn.Sequential(*(m for pair in itertools.pairwise(widths) for m in (nn.Linear(*pair), nn.Tanh())))
 
 
 def next_token(scores: Tensor, tokens: Tensor) -> Tensor:
@@ -181,6 +181,12 @@ def captured(kind: str) -> tuple[nn.Module, Graph, tuple[Any, ...]]:
     torch.manual_seed(3)
     graph = autodecouple.capture(make(), x)
     return graph.model, graph, find_cuts(graph)
+
+
+@functools.cache
+def initial(kind: str) -> dict[str, Tensor]:
+    """The weights as they were captured; asked for before anything trains."""
+    return {name: value.clone() for name, value in captured(kind)[0].state_dict().items()}
 
 
 def chain(kind: str) -> Chain:
@@ -236,7 +242,9 @@ def test_blocks_are_the_modules_that_repeat(kind: str, blocks: list[str], tail: 
 
 
 def test_an_lstm_of_one_module_has_its_layers_for_blocks() -> None:
-    assert len(chain("lstm").blocks) == 3 - (chain("lstm").tails[0].name != "fc")
+    found = chain("lstm")
+    assert [block.name for block in found.blocks] == [f"lstm.lstm_layer{i}" for i in range(3)]
+    assert found.tails[0].name == "fc"
 
 
 def test_blocks_follow_each_other_up_to_the_output_layers() -> None:
@@ -275,7 +283,7 @@ def test_narrowing_is_auglocals(blocks: int, n_stages: int) -> None:
         (Downstream(blocks=2, budget=None), "stem", ["layers.2", "layers.4"]),
         (Downstream(blocks=5, budget=None), "stem", [f"layers.{i}" for i in range(5)]),
         (Downstream(blocks=1, budget=None), "layers.1", ["layers.4"]),
-        (Downstream(blocks=3, budget=None), "layers.1", ["layers.3", "layers.4"]),
+        (Downstream(blocks=3, budget=None), "layers.1", ["layers.2", "layers.3", "layers.4"]),
         (Downstream(blocks=3, budget=1e-9), "stem", ["layers.4"]),
         (Downstream(blocks=2), "layers.4", []),
     ],
@@ -371,9 +379,10 @@ def test_fresh_weights_keep_orthogonality_and_biases() -> None:
 # The plan
 
 
-@pytest.mark.parametrize("kind", list(MODELS))
+@pytest.mark.parametrize("kind", ["cnn", "transformer", "dense", "perceptron"])
 def test_the_plan_charges_what_the_heads_compute(kind: str) -> None:
-    make, x, y, criterion = MODELS[kind]
+    """torch's counter knows neither the LSTM nor the CPU's fused attention, so that the others are left out."""
+    _, _, y, _ = MODELS[kind]
     with decoupled_of(kind) as decoupled:
         for stage in decoupled.stages[:-1]:
             spec = decoupled.plan.stages[stage.index]
@@ -393,11 +402,12 @@ def _random(spec: Any) -> Tensor:
 
 
 def decoupled_of(kind: str, n_stages: int = 3, loss: Any = "downstream", **options: Any) -> Any:
-    """A pipeline on a fresh copy of the captured weights."""
-    make, x, _, criterion = MODELS[kind]
-    torch.manual_seed(3)
-    options = {"executor": "inline", "devices": ["cpu"], "criterion": criterion, "example_inputs": x} | options
-    return autodecouple.compile(make(), n_stages, loss, **options)
+    """A pipeline on the captured model with its initial weights: one at a time per kind."""
+    model, graph, _ = captured(kind)
+    model.load_state_dict(initial(kind))
+    model.zero_grad(set_to_none=True)
+    options = {"executor": "inline", "devices": ["cpu"], "criterion": MODELS[kind][3]} | options
+    return autodecouple.compile(graph, n_stages, loss, **options)
 
 
 def test_the_plan_goes_to_json_and_back() -> None:
@@ -421,27 +431,26 @@ def test_every_family_trains(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", list(MODELS))
-def test_every_parameter_of_a_stage_gets_its_gradient_from_its_own_loss(kind: str) -> None:
-    """Isolation: with all losses but one times zero, only that stage's parameters have a gradient that is not."""
+def test_every_parameter_has_a_gradient_of_its_own_stages_loss_and_of_no_other(kind: str) -> None:
+    """By autograd, of the whole graph with the plan in it."""
     _, x, y, _ = MODELS[kind]
-    grads: dict[int, list[Tensor | None]] = {}
-
-    class Keep(torch.optim.SGD):
-        def step(self, closure: Any = None) -> None:
-            grads[id(self)] = [p.grad for group in self.param_groups for p in group["params"]]
-
-    with decoupled_of(kind, optimizer=lambda params: Keep(params, lr=0.0)) as decoupled:
-        for _ in range(1):
-            decoupled.train_step(x, y)
-        decoupled.synchronize()
+    with decoupled_of(kind) as decoupled:
+        losses, _ = decoupled._compiled.module(x, y, UNKEYED)
         for stage in decoupled.stages:
-            names = [name for name, p in stage.code.body.named_parameters() if p.requires_grad]
-            found = grads[id(stage.optimizer)]
-            assert all(g is not None for g in found), names
-    bodies = [{id(p) for p in stage.code.body.parameters()} for stage in decoupled.stages]
-    heads = [{id(p) for p in stage.code.head.parameters()} for stage in decoupled.stages]
-    every = [*bodies, *heads]
-    assert sum(map(len, every)) == len(set().union(*every))
+            parts = (stage.code.body, stage.code.head)
+            named = {f"{index}.{n}": p for index, m in enumerate(parts) for n, p in m.named_parameters()}
+            for index, loss in enumerate(losses):
+                found = torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True)
+                reached = {name for name, gradient in zip(named, found, strict=True) if gradient is not None}
+                assert reached == (set(named) if index == stage.index else set())
+
+
+def test_another_plan_of_the_same_capture_asks_for_no_price_twice() -> None:
+    graph = dataclasses.replace(captured("cnn")[1])  # which forgets all prices
+    autodecouple.plan(graph, n_stages=3, loss=Downstream(budget=None), devices=["cpu"])
+    known = dict(graph.memo["prices"])
+    autodecouple.plan(graph, n_stages=2, loss=Downstream(budget=None), devices=["cpu"])
+    assert known and graph.memo["prices"] == known
 
 
 def test_the_model_comes_back_without_heads() -> None:
@@ -487,7 +496,9 @@ def test_smaller_batches_go_through_the_heads() -> None:
 
 def test_sequences_of_any_length_go_through_the_heads() -> None:
     x = tokens()
-    with decoupled_of("language", dynamic=(1,)) as decoupled:
+    options: dict[str, Any] = {"executor": "inline", "devices": ["cpu"], "criterion": next_token}
+    model = Language(num_layers=3)
+    with autodecouple.compile(model, 2, "downstream", example_inputs=x, dynamic=(1,), **options) as decoupled:
         for length in (TOKENS, 4, 6):
             assert all(loss == loss for loss in decoupled.train_step(x[:, :length], x[:, :length]).losses)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -32,7 +34,6 @@ class BoundDownstream:
     chain: Chain
     most_flops: float | None
     criterion: Callable[[Any, Any], Tensor] | None = None
-    _works: dict[Segment, str | None] = field(default_factory=dict)
 
     name: ClassVar[str] = Downstream.name
     encodes: ClassVar[bool] = False
@@ -49,12 +50,13 @@ class BoundDownstream:
 
     def works_like(self, segment: Segment) -> str | None:
         """Equal for segments that do the same work."""
-        if segment not in self._works:
+        works: dict[Segment, str | None] = self.graph.memo.setdefault("works", {})
+        if segment not in works:
             block = block_of(self.graph.operations[segment.start : segment.stop])
             specs = [self.graph.measures[node.name].value for node in block.inputs]
             forms = [(spec.shape, spec.dtype) if spec is not None else None for spec in specs]
-            self._works[segment] = signature(self.graph, block, forms)
-        return self._works[segment]
+            works[segment] = signature(self.graph, block, forms)
+        return works[segment]
 
 
 @dataclass
@@ -70,17 +72,25 @@ class AtCut:
     @property
     def signature(self) -> tuple[Any, ...]:
         """Equal for heads that cost the same, given features of the same shapes."""
-        segments = self.route.segments
+        segments, graph = self.route.segments, id(self.bound.graph)
         works = [self.bound.works_like(segment) for segment in segments]
-        alike = segments and None not in works
-        return (id(self.bound), *works, *(len(self.cut.features),)) if alike else (id(self.bound), self.cut.after)
+        if segments and None not in works:
+            joined = [a.stop == b.start for a, b in pairwise(segments)]
+            return graph, *works, *joined, *self._needs.guessed
+        return graph, self.cut.after, *segments
+
+    @property
+    def prices(self) -> dict[Any, Any]:
+        """What heads cost, kept with the captured model."""
+        prices: dict[Any, Any] = self.bound.graph.memo.setdefault("prices", {})
+        return prices
 
     @property
     def sides(self) -> tuple[str, ...]:
         """What the head reads beside the features, by name."""
         return tuple(node.name for node in self._needs.sides)
 
-    @property
+    @cached_property
     def _needs(self) -> Needs:
         return find_needs(self.bound.graph, self.cut, self.route)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -49,8 +49,8 @@ def build_head(graph: Graph, cut: Cut, route: Route, needs: Needs, weights: str,
     """The head of a route, its weights drawn from torch's default generator."""
     if whole := [node.meta[LEAF].path for node in needs.operations if LEAF in node.meta]:
         raise InputError(
-            f"the head of 'downstream' at {cut.after!r} would have to copy {whole[0]!r}, which runs whole: cut elsewhere,"
-            ' or pass another loss for that stage, like "early_exit"'
+            f"the head of 'downstream' at {cut.after!r} would have to copy {whole[0]!r}, which runs whole: cut"
+            ' elsewhere, or pass another loss for that stage, like "early_exit"'
         )
     return _Builder(graph, cut, route, needs, weights).head(criterion)
 
@@ -141,7 +141,7 @@ class _Builder:
         for source in sources:
             adapter = Adapter(self._spec(source), self._spec(target), self.labels, project=len(sources) > 1)
             if adapter.is_identity:
-                return self.values[source]
+                return cast(fx.Node, self.values[source])
             name = f"{OURS}.adapters.{len(self.adapters)}"
             self.adapters.append(adapter)
             self.root[name] = adapter

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
 
 from autodecouple.graph import Graph, module_classes
@@ -28,7 +28,6 @@ class _Module:
     kind: str
     first: int
     last: int = 0
-    works: bool = False
     children: dict[str, _Module] = field(default_factory=dict)
 
 
@@ -39,58 +38,70 @@ def find_units(graph: Graph, seams: frozenset[int]) -> tuple[Extent, ...]:
 
     A unit has weights and FLOPs, begins at a seam and ends at one. A module that holds two of them is none itself,
     unless another module of its class is one: an inverted residual without a shortcut is a block like those with one.
-    Operations outside of such modules go with the unit before them. Where modules show less than two units, one begins
-    with each operation that has weights and FLOPs.
+    A module of several layers without modules for them (LSTM) has a unit for each. Operations outside of such modules
+    go with the unit before them. Where modules show less than two units, one begins with each operation that has
+    weights and FLOPs.
     """
-    root = _tree(graph)
-    end = len(graph.operations)
-    found = _units(root, seams, end, frozenset())
-    kinds = frozenset(unit.kind for unit in found if unit.children and unit.kind not in CONTAINERS)
-    found = _units(root, seams, end, kinds)
+    search = _Search(graph, seams)
     ordered: list[Extent] = []
-    for unit in sorted(found, key=lambda unit: unit.first):
+    for unit in sorted(search.units(), key=lambda unit: unit.first):
         if not ordered or unit.first > ordered[-1].last:
-            ordered.append(Extent(unit.name, unit.first, unit.last))
-    return tuple(ordered) if len(ordered) > 1 else _plain_units(graph, seams)
+            ordered.append(unit)
+    return tuple(ordered) if len(ordered) > 1 else tuple(search.layers("", 0, len(graph.operations) - 1))
 
 
-def _tree(graph: Graph) -> _Module:
-    root = _Module("", "", 0)
-    working = _working(graph)
-    for position, node in enumerate(graph.operations):
-        if graph.measures[node.name].gradient_since is None:
-            continue
-        inner = root
-        for name, kind in module_classes(node):
-            if name:
-                inner = inner.children.setdefault(name, _Module(name, kind, position))
-                inner.last = position
-                inner.works |= position in working
-    return root
+class _Search:
+    """Looks for units among the modules, the innermost first."""
 
+    def __init__(self, graph: Graph, seams: frozenset[int]) -> None:
+        self.graph = graph
+        self.starts = sorted(seams)
+        uses = {position for at in graph.parameter_uses().values() for position in at}
+        self.trained = max(uses, default=-1)
+        self.working = sorted(p for p in uses if graph.measures[graph.operations[p].name].forward_flops)
+        self.seams = seams
+        self.root = self._tree()
 
-def _working(graph: Graph) -> frozenset[int]:
-    """Positions of the operations with FLOPs that use a trainable parameter."""
-    uses = {position for at in graph.parameter_uses().values() for position in at}
-    return frozenset(p for p in uses if graph.measures[graph.operations[p].name].forward_flops)
+    def _tree(self) -> _Module:
+        root = _Module("", "", 0)
+        for position, node in enumerate(self.graph.operations):
+            inner = root
+            carries = self.graph.measures[node.name].gradient_since is not None
+            for name, kind in module_classes(node) if carries else ():
+                if name:
+                    inner = inner.children.setdefault(name, _Module(name, kind, position))
+                    inner.last = position
+        return root
 
+    def units(self) -> list[Extent]:
+        found = self._within(self.root, frozenset())
+        kinds = frozenset(module.kind for module in found if module.children and module.kind not in CONTAINERS)
+        modules = self._within(self.root, kinds)
+        return [unit for m in modules for unit in self._parts(m)]
 
-def _units(module: _Module, seams: frozenset[int], end: int, kinds: frozenset[str]) -> list[_Module]:
-    closed = module.first in seams and (module.last + 1 in seams or module.last + 1 == end)
-    is_unit = bool(module.name) and module.works and closed
-    if is_unit and module.kind in kinds:
-        return [module]
-    inside = [unit for child in module.children.values() for unit in _units(child, seams, end, kinds)]
-    return [module] if is_unit and len(inside) < 2 else inside
+    def _within(self, module: _Module, kinds: frozenset[str]) -> list[_Module]:
+        is_unit = bool(module.name) and self._works(module) and self._is_closed(module)
+        if is_unit and module.kind in kinds:
+            return [module]
+        inside = [unit for child in module.children.values() for unit in self._within(child, kinds)]
+        return [module] if is_unit and len(inside) < 2 else inside
 
+    def _works(self, module: _Module) -> bool:
+        return bisect_left(self.working, module.first) < bisect_right(self.working, module.last)
 
-def _plain_units(graph: Graph, seams: frozenset[int]) -> tuple[Extent, ...]:
-    """Units by their operations alone."""
-    end = len(graph.operations)
-    starts: Sequence[int] = sorted(seams)
-    working = sorted(_working(graph))
-    found: list[Extent] = []
-    for start, stop in zip(starts, [*starts[1:], end], strict=True):
-        if any(start <= position < stop for position in working):
-            found.append(Extent(graph.operations[start].name, start, stop - 1))
-    return tuple(found)
+    def _is_closed(self, module: _Module) -> bool:
+        """Behind the last parameter there are no seams, and no need for any."""
+        return module.first in self.seams and (module.last + 1 in self.seams or module.last >= self.trained)
+
+    def _parts(self, module: _Module) -> list[Extent]:
+        whole = Extent(module.name, module.first, module.last)
+        layers = [] if module.children else self.layers(f"{module.name}.", module.first, module.last)
+        return layers if len(layers) > 1 else [whole]
+
+    def layers(self, prefix: str, first: int, last: int) -> list[Extent]:
+        """A unit for each operation with weights and FLOPs between two positions that begins at a seam."""
+        working = self.working[bisect_left(self.working, first) : bisect_right(self.working, last)]
+        starts = [self.starts[i - 1] for p in working if (i := bisect_right(self.starts, p))]
+        found = [start for before, start in zip([first - 1, *working], starts, strict=False) if start > before]
+        stops = [*found[1:], last + 1]
+        return [Extent(prefix + self.graph.operations[a].name, a, b - 1) for a, b in zip(found, stops, strict=True)]
