@@ -43,9 +43,9 @@ def sleeping(seconds: Mapping[tuple[int, Op], float]) -> Iterator[None]:
     """Every action of a stage takes at least so long."""
 
     def slow(op: Op, original: Any) -> Any:
-        def wrapped(stage: Stage, *args: Any) -> Any:
+        def wrapped(stage: Stage, *args: Any, **kwargs: Any) -> Any:
             stop = time.perf_counter() + seconds[stage.index, op]
-            result = original(stage, *args)
+            result = original(stage, *args, **kwargs)
             time.sleep(max(0.0, stop - time.perf_counter()))
             return result
 
