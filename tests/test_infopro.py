@@ -158,7 +158,7 @@ def test_weights_are_linear_in_depth(count: int, first: Any, second: Any) -> Non
     stages = [objective.placed(index, count, inputs) for index in range(count)]
     for index, stage in enumerate(stages):
         share = index / (count - 1) if count > 1 else 0.0
-        l1 = stage.at(stage.reconstruction, stage.depth)
+        l1 = stage.weight_at(stage.reconstruction, stage.depth)
         assert l1 == pytest.approx(first[0] + share * (first[1] - first[0]), abs=1e-12)
         assert (stage.input is None) == (l1 == 0)
         assert stage.placed(index, count, inputs) == stage and hash(stage) == hash(stage)

@@ -81,7 +81,7 @@ class Distributed:
         feeder = None if lane == 0 else lane - 1
         walk = Pipelining() if suits(program.plan) else in_order
         self._lane = LaneRunner(lane, stages, program, self._links, feeder, self._recorder, walk)
-        writers = tuple(grid.ranks[index][0] for index, own in enumerate(self._lanes) for _ in own)
+        writers = tuple(grid.ranks[stage.lane][0] for stage in program.plan.stages)
         store = PrefixStore("checkpoints", world.store.clone())
         self._ranks = Ranks(world.rank, world.size, writers, store, self._check_running, self._ended)
         self._batches = 0

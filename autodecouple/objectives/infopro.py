@@ -97,7 +97,7 @@ class InfoPro:
     def placed(self, index: int, num_hidden: int, inputs: Sequence[TensorSpec]) -> InfoPro:
         """The same for one hidden stage of a model; InputError where no input can be reconstructed."""
         depth = index / (num_hidden - 1) if num_hidden > 1 else 0.0
-        if self._weight(self.reconstruction, depth) == 0:
+        if self.weight_at(self.reconstruction, depth) == 0:
             return dataclasses.replace(self, depth=depth, input=None)
         fit = [spec for spec in inputs if _can_be_rebuilt(spec)]
         if not fit:
@@ -109,13 +109,13 @@ class InfoPro:
         return dataclasses.replace(self, depth=depth, input=fit[0])
 
     @staticmethod
-    def _weight(weights: Weights, depth: float) -> float:
+    def weight_at(weights: Weights, depth: float) -> float:
         """A weight at this depth."""
         return weights[0] * (1 - depth) + weights[1] * depth
 
     def head(self, features: TensorSpec, signal: TensorSpec) -> nn.Module:
         """A head for features of any rank, and for what the task takes."""
-        l1, l2 = self._weight(self.reconstruction, self.depth), self._weight(self.comparison, self.depth)
+        l1, l2 = self.weight_at(self.reconstruction, self.depth), self._weight(self.comparison, self.depth)
         if l1 and self.input is None:
             raise InputError(f"{self.name!r} knows no input yet: compile() and plan() tell it, elsewhere use placed()")
         if not (l1 or l2):
