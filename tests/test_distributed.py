@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from rank_tools import Outcome, free_port, run_ranks
+from rank_tools import Outcome, forked_ranks, free_port, run_ranks
 from torch import nn
 from training_tools import (
     Batch,
@@ -32,6 +33,7 @@ from training_tools import (
 )
 
 from autodecouple.errors import InputError
+from autodecouple.executors.gloo import GlooLinks
 from autodecouple.executors.job import Job
 from autodecouple.schedules import GPipe, MicroBatched, OneFOneB, Schedule, Streaming
 from autodecouple.schedules.actions import Action, Op
@@ -310,6 +312,24 @@ def test_reading_on_one_rank_only_is_refused() -> None:
     outcomes = run_ranks(2, rank)
     assert [outcome.error for outcome in outcomes] == ["PeerError", "InputError"]
     assert "state_dict()" in outcomes[1].message
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("late", [0, 1, 2])
+def test_a_rank_may_leave_long_after_the_others(late: int) -> None:
+    """Rank 0 wrote the state to a file, the others closed and were gone: it said that they had been killed."""
+    compiled("norm", 3, executor="inline").close()
+
+    def rank(number: int) -> Any:
+        waits_less = mock.patch.object(GlooLinks.end, "__defaults__", (0.1,))
+        with compiled("norm", 3, devices=None, executor="distributed") as decoupled, waits_less:
+            train_steps = [decoupled.train_step(x, y) for x, y in make_batches("norm", [8] * 3)]
+            decoupled.state_dict()
+            time.sleep(1.0 if number == late else 0.0)
+            return len(train_steps)
+
+    with forked_ranks(3, lambda number: (rank(number), time.sleep(2.0 if number == 0 else 0.0))) as ranks:
+        assert [outcome.error for outcome in (each.outcome() for each in ranks)] == [None] * 3
 
 
 @pytest.mark.dist

@@ -290,6 +290,7 @@ torch.save(decoupled.state_dict()["model"], f"{sys.argv[1]}/{os.environ.get('RAN
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(320)
 def test_torchrun_restarts_a_script_that_only_says_resume(tmp_path: Path) -> None:
     """The second rank is killed in its first attempt; the script knows nothing of that."""
     file = tmp_path / "script.py"
@@ -300,7 +301,7 @@ def test_torchrun_restarts_a_script_that_only_says_resume(tmp_path: Path) -> Non
     for command, name in ((torchrun, "ranks"), ([], "alone")):
         (tmp_path / name).mkdir()
         run = [sys.executable, *command, str(file), str(tmp_path / name)]
-        subprocess.run(run, env=environment, check=True, timeout=100, capture_output=True)
+        subprocess.run(run, env=environment, check=True, timeout=150, capture_output=True)
     expected, *found = (torch.load(tmp_path / name) for name in ("alone/alone.pt", "ranks/0.pt", "ranks/1.pt"))
     for state in found:
         assert_same(state, expected)

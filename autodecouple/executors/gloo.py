@@ -107,17 +107,25 @@ class GlooLinks:
             raise self._lost
 
     def end(self, batches: int, seconds: float = 2.0) -> None:
-        """Wait until everything has arrived, say goodbye, and wait a little for the peers to do so."""
-        for peer in self._peers:
+        """Wait until everything has arrived, say goodbye, and wait a little for the peers to do so.
+
+        A peer that has said it before may be gone: it needs no answer.
+        """
+        present = [peer for peer in self._peers if not self._has_left(peer)]
+        for peer in present:
             self.send(peer, Message("end", batches))
         with self._lock:
-            self._wait(lambda: not any(self._flights.values()))
+            self._wait(lambda: not any(self._flights[peer] for peer in present))
             self._ending = True
             self._changed.notify_all()
         stop = time.monotonic() + seconds
         for thread in self._threads:
             thread.join(max(0.0, stop - time.monotonic()))
         self.cut()
+
+    def _has_left(self, peer: int) -> bool:
+        with self._lock:
+            return any(message.kind == "end" for message in self._inbox[peer])
 
     def lose(self, lane: int | None, cause: BaseException | None = None) -> None:
         """Fail everybody who waits here, now and later."""
