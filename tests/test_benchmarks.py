@@ -171,3 +171,17 @@ def test_language(tmp_path: Path) -> None:
     assert [result["method"] for result in results] == ["bp", "downstream"]
     assert all(0 < result["loss"] < 6 for result in results)
     assert results[0]["share"] == 0 < results[1]["share"] < 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_one_gpu(tmp_path: Path) -> None:
+    """On a processor, which has no graphs: who asked for them says that it ran eagerly."""
+    only = "checkpointed|^eager_2$|^compile_2$|^cuda_graphs_2$"
+    options = ["--networks", "small", "--tiny", "--rounds", "2", "--seconds", "0.01", "--stages", "2"]
+    options += ["--only", only, "--compiler", "aot_eager", "--device", "cpu"]
+    found = run("one_gpu", *options, folder=tmp_path)["small"]["contestants"]
+    assert set(found) == {"backprop", "backprop_checkpointed", "eager_2", "compile_2", "cuda_graphs_2"}
+    assert not [each["unavailable"] for each in found.values() if "unavailable" in each]
+    assert found["backprop"]["time"]["median"] == 1 and all(each["seconds"] > 0 for each in found.values())
+    assert "its device is cpu" in found["cuda_graphs_2"]["eagerly"][0] and not found["eager_2"]["eagerly"]

@@ -130,7 +130,7 @@ class GraphedStage(Stage):
         try:
             self._recording = self._record(kind, received, signal, randomness, changes=old is not None)
         except Exception as error:
-            self._obstacle = f"recording it failed: {str(error).strip().splitlines()[0]}"
+            self._obstacle = f"recording it failed: {_said_first(error)}"
 
     def _record(
         self, kind: Hashable, received: Values, signal: Any, randomness: Randomness, changes: bool
@@ -230,3 +230,10 @@ class GraphedStage(Stage):
         rates = self._is_recording.entered() if isinstance(self._is_recording, Rates) else contextlib.nullcontext()
         with on_device(optimizer), rates:
             super()._descend(optimizer)
+
+
+def _said_first(error: BaseException) -> str:
+    """The first line of what began it: the end of a recording that failed fails, too."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

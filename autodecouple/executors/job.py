@@ -125,7 +125,9 @@ class Job:
         micro_batch = _number(action)
         parcel = self.parcels.pop(("gradient", stage.index, micro_batch), None)
         gradients = queue.receive(parcel) if parcel is not None else None
-        queue.keep(self.work[stage.index].passages[micro_batch].values)
+        values = self.work[stage.index].passages[micro_batch].values
+        made = set(stage.code.outputs)  # here, and so their memory comes back here, in order: nothing need hold it
+        queue.keep({name: value for name, value in values.items() if name not in made})
         split = Action(stage.index, Op.WEIGHT, micro_batch) in self.program.lane_of
         sent = stage.backward(self.work[stage.index], micro_batch, gradients, split=split)
         if sent is not None:
