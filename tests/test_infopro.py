@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 from typing import Any
 
@@ -269,13 +271,36 @@ def test_the_heads_flops_are_charged() -> None:
     assert more[0] > 0 and more[1] > 0 and more[2:] == [0, 0]
 
 
+class Narrow(nn.Module):
+    """Takes in much, and soon has little of it: what crosses for the heads is the most of what later stages hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.unflatten(1, (100, 4)).mean(1)
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return x
+
+
 def test_a_memory_limit_counts_what_crosses_for_heads() -> None:
-    plan = plan_of(loss=InfoPro(reconstruction=(1, 1)))
-    most = max(stage.memory_bytes for stage in plan.stages)
-    limited = plan_of(loss=InfoPro(reconstruction=(1, 1)), memory_limit=most)
-    assert max(stage.memory_bytes for stage in limited.stages) <= most
-    with pytest.raises(PartitionError, match="memory_limit=20000 "):  # as the user gave it
-        plan_of(loss=InfoPro(reconstruction=(1, 1)), memory_limit=20000)
+    """The smallest limit that any choice of cuts keeps is kept, and below it there is no plan: by brute force."""
+    graph = autodecouple.capture(Narrow(), torch.randn(64, 400))
+    loss = InfoPro(EarlyExit(hidden=None), reconstruction=(1, 1), conv=False)
+    options: dict[str, Any] = {"n_stages": 3, "loss": loss, "devices": ["cpu"]}
+    legal = [candidate.node for candidate in autodecouple.api.cuts(graph) if candidate.cut is not None]
+    most = []
+    for pair in itertools.combinations(legal, 2):
+        with contextlib.suppress(PartitionError):  # a stage without parameters
+            plan = autodecouple.plan(graph, cut_at=list(pair), **options)
+            most.append(max(stage.memory_bytes for stage in plan.stages))
+            assert plan.stages[1].memory_bytes > 64 * 400 * 4
+    found = autodecouple.plan(graph, memory_limit=min(most), **options)
+    assert max(stage.memory_bytes for stage in found.stages) == min(most)
+    with pytest.raises(PartitionError, match=f"memory_limit={min(most) - 1} "):  # as the user gave it
+        autodecouple.plan(graph, memory_limit=min(most) - 1, **options)
 
 
 def test_a_plan_without_such_heads_stays_as_it_is() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -85,8 +86,10 @@ def test_scpls_views_are_images_of_the_size_asked_for() -> None:
 def test_timms_lars_is_an_optimizer_like_any_other() -> None:
     from zoo import ops
 
+    optim = importlib.import_module(f"{ops.timm.__name__}.optim")
+
     def lars(params: list[nn.Parameter]) -> torch.optim.Optimizer:
-        found: torch.optim.Optimizer = ops.timm.optim.create_optimizer_v2(params, "lars", lr=0.1, momentum=0.9)
+        found: torch.optim.Optimizer = optim.create_optimizer_v2(params, "lars", lr=0.1, momentum=0.9)
         return found
 
     x, y = torch.randn(8, 6), torch.arange(8) % 4
