@@ -115,7 +115,7 @@ class InfoPro:
 
     def head(self, features: TensorSpec, signal: TensorSpec) -> nn.Module:
         """A head for features of any rank, and for what the task takes."""
-        l1, l2 = self.weight_at(self.reconstruction, self.depth), self._weight(self.comparison, self.depth)
+        l1, l2 = self.weight_at(self.reconstruction, self.depth), self.weight_at(self.comparison, self.depth)
         if l1 and self.input is None:
             raise InputError(f"{self.name!r} knows no input yet: compile() and plan() tell it, elsewhere use placed()")
         if not (l1 or l2):

@@ -39,7 +39,8 @@ class Limited:
         self._alike: dict[Any, list[int]] = {}  # stage numbers whose stages cost and take the same
         for stage, (runs, limit) in enumerate(zip(stages, limits, strict=True)):
             self._alike.setdefault((costs.kind(stage, objectives), id(runs), limit), []).append(stage)
-        self.stages, self._firsts = list(stages), []
+        self.stages = list(stages)
+        self._firsts: list[Tensor] = []
         for alike in self._alike.values():
             self._narrow(alike)
         self._bound = -1
