@@ -28,11 +28,12 @@ SCHEDULES: dict[str, tuple[int, int, Schedule]] = {
     "gpipe, two stages a rank": (2, 4, GPipe(num_micro_batches=3)),
     "1f1b, four ranks": (4, 4, OneFOneB(num_micro_batches=5)),
     "interleaved": (2, 4, Interleaved(num_micro_batches=4)),
+    "interleaved, three ranks": (3, 6, Interleaved(num_micro_batches=4)),
     "zero bubble, two stages a rank": (2, 4, ZeroBubble(num_micro_batches=3)),
     "zero bubble, four ranks": (4, 4, ZeroBubble(num_micro_batches=5)),
 }
 """Ranks, stages and schedule."""
-QUICK = ("interleaved", "zero bubble, four ranks")
+QUICK = ("interleaved, three ranks", "zero bubble, four ranks")
 cases = pytest.mark.parametrize(
     "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in SCHEDULES]
 )

@@ -219,7 +219,9 @@ def test_nothing_happens_where_nothing_is_gained() -> None:
             (s.index, op): seconds or 0.0
             for s in plan.stages
             for op, seconds in zip(
-                Op, (s.forward_seconds, s.head_seconds, s.backward_seconds, s.update_seconds), strict=True
+                (Op.FORWARD, Op.LOSS, Op.BACKWARD, Op.UPDATE),
+                (s.forward_seconds, s.head_seconds, s.backward_seconds, s.update_seconds),
+                strict=True,
             )
         }
         stages = decoupled.stages
