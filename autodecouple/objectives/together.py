@@ -48,7 +48,10 @@ def gather_rows(head: nn.Module, exchange: Exchange) -> None:
     found = [part for part in parts if isinstance(part, Together)]
     for together in found:
         together.exchange = exchange
-    if not found:
+    whole = next((hook.__self__ for hook in head._forward_hooks.values() if _is_whole(hook)), None)
+    if whole is not None:  # the head goes on under another executor
+        whole.exchange = exchange
+    elif not found:
         whole = _Whole(exchange)
         head.register_forward_pre_hook(whole.before, with_kwargs=True)
         head.register_forward_hook(whole.after)
@@ -79,6 +82,10 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0].narrow(0, ctx.start, ctx.rows) / ctx.share, None
+
+
+def _is_whole(hook: Any) -> bool:
+    return isinstance(getattr(hook, "__self__", None), _Whole)
 
 
 class _Whole:
