@@ -48,7 +48,8 @@ def gather_rows(head: nn.Module, exchange: Exchange) -> None:
     found = [part for part in parts if isinstance(part, Together)]
     for together in found:
         together.exchange = exchange
-    whole = next((hook.__self__ for hook in head._forward_hooks.values() if _is_whole(hook)), None)
+    hooked = [getattr(hook, "__self__", None) for hook in head._forward_hooks.values()]
+    whole = next((owner for owner in hooked if isinstance(owner, _Whole)), None)
     if whole is not None:  # the head goes on under another executor
         whole.exchange = exchange
     elif not found:
@@ -82,10 +83,6 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0].narrow(0, ctx.start, ctx.rows) / ctx.share, None
-
-
-def _is_whole(hook: Any) -> bool:
-    return isinstance(getattr(hook, "__self__", None), _Whole)
 
 
 class _Whole:
