@@ -128,7 +128,7 @@ class Randomness:
         return out
 
     def seeded_rows(self, operation: Any, node: str, *args: Any, **kwargs: Any) -> Any:
-        """The same as `seeded` for numbers that differ from row to row: replicas draw other ones, each its own.
+        """As `seeded`, for numbers that differ from row to row: every replica draws others.
 
         What a kernel draws for the rows of other replicas cannot be asked for, so these are not those that one process
         draws for the global batch.

@@ -79,6 +79,7 @@ CASES: dict[str, tuple[str, int, Any, Any, dict[str, Any]]] = {
     "accumulated and clipped": ("vectors", 2, "supcon", TOGETHER, {"accumulate": 3, "clip_grad_norm": 0.1}),
     "recomputed": ("vectors", 2, "early_exit", 2, {"recompute": True}),
     "coupled stages on two lanes": ("vectors", 4, ["bp", "early_exit", "bp"], 2, {}),
+    "coupled lanes": ("vectors", 2, "bp", 2, {"clip_grad_norm": 0.5}),
     "attention, on either order of dimensions": ("tokens", 4, ["supcon", "early_exit", "deinforeg"], TOGETHER, {}),
 }  # fmt: skip
 QUICK = ("contrastive, gathered", "early exits, each its own")

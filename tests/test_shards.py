@@ -170,7 +170,8 @@ def test_gathered_losses_are_those_of_the_global_batch(name: str, size: int, dat
     threads = Threads(size)
     heads = [copy.deepcopy(head) for _ in rows]
     for replica, own in enumerate(heads):
-        gather_rows(own, ThreadExchange(threads, replica, rows[replica] / sum(rows)))
+        gather_rows(own, ThreadExchange(Threads(1), 0, 1.0))
+        gather_rows(own, ThreadExchange(threads, replica, rows[replica] / sum(rows)))  # the last one counts
     loss, gradients, encoded = loss_and_gradients(head, features, labels)
     parts = list(zip(*(feature.split(rows) for feature in features), strict=True))
     with ThreadPoolExecutor(size) as pool:

@@ -48,7 +48,11 @@ def gather_rows(head: nn.Module, exchange: Exchange) -> None:
     found = [part for part in parts if isinstance(part, Together)]
     for together in found:
         together.exchange = exchange
-    if not found:
+    hooked = [getattr(hook, "__self__", None) for hook in head._forward_hooks.values()]
+    whole = next((owner for owner in hooked if isinstance(owner, _Whole)), None)
+    if whole is not None:  # the head goes on under another executor
+        whole.exchange = exchange
+    elif not found:
         whole = _Whole(exchange)
         head.register_forward_pre_hook(whole.before, with_kwargs=True)
         head.register_forward_hook(whole.after)
