@@ -62,16 +62,22 @@ class _Recording(TorchDispatchMode):
             if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in self.own:
                 storage = leaf.untyped_storage()
                 self.before.setdefault(storage._cdata, (storage, storage.clone()))
+        given = _aliases((args, kwargs))
         out = func(*args, **kwargs)
         leaves = list(enumerate(pytree.tree_leaves(out)))
         made = [(i, x) for i, x in leaves if isinstance(x, Tensor) and self._is_new(x)]
         self.own |= {x.untyped_storage()._cdata: x.untyped_storage() for _, x in made}
         made = [] if func._opname.startswith("empty") else made  # holds nothing, and may have been resized since
-        self.graph.calls.append(Call(func, args, kwargs, made))
+        self.graph.calls.append(Call(func, *given, _aliases(made)))
         return out
 
     def _is_new(self, x: Tensor) -> bool:
         return x.untyped_storage()._cdata not in self.own.keys() | self.before.keys()
+
+
+def _aliases(values: Any) -> Any:
+    """The same memory; operators such as squeeze_ change later what a tensor makes of it."""
+    return pytree.tree_map_only(Tensor, lambda x: x.detach(), values)
 
 
 class FakeRecorder:

