@@ -12,10 +12,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stage_builder import UNKEYED
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from stage_builder import UNKEYED
 from training_tools import assert_same, compiled, make_batches, train
 
 import autodecouple
