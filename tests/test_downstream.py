@@ -410,6 +410,12 @@ def decoupled_of(kind: str, n_stages: int = 3, loss: Any = "downstream", **optio
     return autodecouple.compile(graph, n_stages, loss, **options)
 
 
+def test_heads_are_timed_with_the_masks_that_they_read() -> None:
+    with decoupled_of("transformer", cost="measured") as decoupled:
+        hidden = decoupled.plan.stages[:-1]
+        assert any(cut.sides for cut in decoupled.plan.cuts) and all(stage.head_seconds for stage in hidden)
+
+
 def test_the_plan_goes_to_json_and_back() -> None:
     with decoupled_of("language") as decoupled:
         plan = Plan.from_json(decoupled.plan.to_json())

@@ -1,6 +1,6 @@
 """A small GPT-2 on plain text: the loss of local objectives beside backprop's.
 
-python benchmarks/language/run.py [--methods bp downstream early_exit] [--steps 250] [--json FILE]
+python benchmarks/language/run.py [--methods bp downstream early_exit] [--steps 200] [--json FILE]
 
 The text is the reference of the Python language that the standard library carries, letter by letter. Every method has
 the same initial weights, batches, optimizer and learning rates.
@@ -45,7 +45,7 @@ class Result:
 def main(arguments: list[str] | None = None) -> list[Result]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=["bp", "downstream", "early_exit"])
-    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--stages", type=int, default=4)

@@ -221,7 +221,7 @@ def time_loss(
 
     def sample() -> tuple[int, ...]:
         module.zero_grad(set_to_none=True)
-        leaves = [_leaf(value, True) for value in read]
+        leaves = [_leaf(value, value.is_floating_point() or value.is_complex()) for value in read]
         start = clock.mark()
         loss = module(*leaves, *given)[0]
         with full_precision(loss):
