@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from autodecouple.passes.measuring.memory import FROZEN, GRADIENTS, SAVED, WEIGHTS, MemoryWalk
-from autodecouple.passes.measuring.stage_memory import OPTIMIZER_STATES
+from autodecouple.passes.measuring.stage_memory import OPTIMIZER_STATES, UPDATE_TENSORS, HeadMemory
 from autodecouple.passes.partitioning.sums import RunSums
 
 _OWNED = {WEIGHTS: 1 + OPTIMIZER_STATES, FROZEN: 1}
@@ -35,8 +35,15 @@ def _sums(walk: MemoryWalk, factors: Mapping[int, int]) -> RunSums:
     return RunSums(plain, torch.stack([first, last, amount], dim=1)[across])
 
 
-def first_starts(sums: Sequence[RunSums], limit: int) -> Tensor:
-    """(ends,) the first start from which a stage to each end may stay within the limit, behind the end if none does."""
-    ends = torch.arange(sums[0].num_segments)
-    found = [each.search(ends, lambda start, size: (start <= ends) & (size > limit))[0] for each in sums]
-    return torch.stack(found).amax(0)
+def first_within(walk: MemoryWalk, heads: HeadMemory, limit: int) -> Tensor:
+    """(ends,) the first start from which a stage to each end may stay within a limit, behind the end if none does.
+
+    heads: (ends,) of the smallest head at each end
+    """
+    ends, saving = torch.arange(len(walk.crossing.ends)), limit - (2 + OPTIMIZER_STATES) * heads.parameters
+    updating = saving - UPDATE_TENSORS * heads.largest
+    found = [
+        sums.search(ends, lambda start, size, left=left: (start <= ends) & (size > left))[0]  # type: ignore[misc]
+        for sums, left in zip(floors(walk), (saving, updating), strict=True)
+    ]
+    return torch.maximum(*found)
