@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from autodecouple.passes.measuring.memory import FROZEN, GRADIENTS, SAVED, WEIGHTS, MemoryWalk
+from autodecouple.passes.measuring.memory import FROZEN, GRADIENTS, SAVED, WEIGHTS, WORKING, MemoryWalk
 from autodecouple.passes.measuring.stage_memory import OPTIMIZER_STATES, UPDATE_TENSORS, HeadMemory
 from autodecouple.passes.partitioning.sums import RunSums
 
@@ -24,7 +24,7 @@ def floors(walk: MemoryWalk) -> tuple[RunSums, RunSums]:
 
 def _sums(walk: MemoryWalk, factors: Mapping[int, int]) -> RunSums:
     position, row, after, until, size = walk.changes
-    weight = torch.zeros(int(row.max()) + 1, dtype=torch.int64)
+    weight = torch.zeros(WORKING + 1, dtype=torch.int64)
     weight[list(factors)] = torch.tensor(list(factors.values()))
     starts = torch.tensor(walk.crossing.starts)
     first, last = (torch.bucketize(at, starts, right=True) - 1 for at in (until, position))
@@ -40,10 +40,16 @@ def first_within(walk: MemoryWalk, heads: HeadMemory, limit: int) -> Tensor:
 
     heads: (ends,) of the smallest head at each end
     """
-    ends, saving = torch.arange(len(walk.crossing.ends)), limit - (2 + OPTIMIZER_STATES) * heads.parameters
-    updating = saving - UPDATE_TENSORS * heads.largest
-    found = [
-        sums.search(ends, lambda start, size, left=left: (start <= ends) & (size > left))[0]  # type: ignore[misc]
-        for sums, left in zip(floors(walk), (saving, updating), strict=True)
-    ]
-    return torch.maximum(*found)
+    saving, updating = floors(walk)
+    left = limit - (2 + OPTIMIZER_STATES) * heads.parameters
+    return torch.maximum(_first(saving, left), _first(updating, left - UPDATE_TENSORS * heads.largest))
+
+
+def _first(sums: RunSums, limits: Tensor) -> Tensor:
+    """(ends,) the first start from which the sum to each end is within its limit."""
+    ends = torch.arange(sums.num_segments)
+
+    def refuses(start: Tensor, size: Tensor) -> Tensor:
+        return (start <= ends) & (size > limits)
+
+    return sums.search(ends, refuses)[0]

@@ -40,7 +40,8 @@ class Limited:
         self._alike: dict[Any, list[int]] = {}  # stage numbers whose stages cost and take the same
         for stage, (same, limit) in enumerate(zip(stages, limits, strict=True)):
             self._alike.setdefault((costs.kind(stage, objectives), id(same), limit), []).append(stage)
-        self.stages, self._firsts = list(stages), []
+        self.stages = list(stages)
+        self._firsts: list[Tensor] = []
         for alike in self._alike.values():
             self._narrow(alike)
         self._bound = -1
@@ -99,7 +100,9 @@ def minimise_within(limited: Limited) -> tuple[int, ...] | None:
     The best of all plans whose stages are not too large for certain is the best one if it fits; else none is faster.
     """
     found = runs.minimise_slowest(limited.stages, limited.preference)
-    if found is None or limited.fits(found[1]):
-        return found and found[1]
+    if found is None:
+        return None
+    if limited.fits(found[1]):
+        return found[1]
     bounds = [*(min(int(found[0] * (1 + slack)), FORBIDDEN - 1) for slack in SLACKS), FORBIDDEN - 1]
     return next((cuts for bound in bounds if (cuts := columns.minimise_slowest(limited, bound)) is not None), None)
