@@ -22,12 +22,9 @@ def find_mask(features: TensorSpec, others: Sequence[tuple[fx.Node, TensorSpec |
         return None, "keep"
     rows, tokens = features.shape[features.batch_dim], features.shape[1 - features.batch_dim]
     found: dict[str, str] = {}
+    shapes = (rows, tokens), (rows, 1, 1, tokens), (rows, tokens, 1)
     for node, spec in others:
-        if (
-            spec is not None
-            and spec.batch_dim == 0
-            and spec.shape in ((rows, tokens), (rows, 1, 1, tokens), (rows, tokens, 1))
-        ):
+        if spec is not None and spec.batch_dim == 0 and spec.shape in shapes:
             found.setdefault(_meaning(node, spec), node.name)
     for meaning in ("additive", "keep", "ignore"):
         if meaning in found:

@@ -103,11 +103,10 @@ def _best(
     found = minimise_slowest(stages, preference)
     if found is None:
         return None
-    slowest, chosen = found
-    plan = costs.plan(chosen, objectives)
+    plan = costs.plan(found[1], objectives)
     if _fits(plan, limits):
         return plan
-    within = minimise_within(Limited(costs, stages, objectives, preference, limits), slowest)
+    within = minimise_within(Limited(costs, stages, objectives, preference, limits))
     return None if within is None else costs.plan(within, objectives)
 
 

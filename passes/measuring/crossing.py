@@ -14,7 +14,7 @@ from autodecouple.passes.measuring.columns import columns
 from autodecouple.passes.measuring.lifetimes import NEVER, Lifetimes
 
 Change = tuple[int, int, int, int]
-"""(up to, after, until, bytes): what counts up to a position for stages that begin after a second, up to a third."""
+"""(up to, after, until, bytes): counts up to a position, for stages that begin after a second one and up to a third."""
 
 
 class Crossing:

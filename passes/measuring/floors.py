@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from autodecouple.passes.measuring.memory import FROZEN, GRADIENTS, SAVED, WEIGHTS, MemoryWalk
-from autodecouple.passes.measuring.stage_memory import OPTIMIZER_STATES
+from autodecouple.passes.measuring.memory import FROZEN, GRADIENTS, SAVED, WEIGHTS, WORKING, MemoryWalk
+from autodecouple.passes.measuring.stage_memory import OPTIMIZER_STATES, UPDATE_TENSORS, HeadMemory
 from autodecouple.passes.partitioning.sums import RunSums
 
 _OWNED = {WEIGHTS: 1 + OPTIMIZER_STATES, FROZEN: 1}
@@ -24,7 +24,7 @@ def floors(walk: MemoryWalk) -> tuple[RunSums, RunSums]:
 
 def _sums(walk: MemoryWalk, factors: Mapping[int, int]) -> RunSums:
     position, row, after, until, size = walk.changes
-    weight = torch.zeros(int(row.max()) + 1, dtype=torch.int64)
+    weight = torch.zeros(WORKING + 1, dtype=torch.int64)
     weight[list(factors)] = torch.tensor(list(factors.values()))
     starts = torch.tensor(walk.crossing.starts)
     first, last = (torch.bucketize(at, starts, right=True) - 1 for at in (until, position))
@@ -35,8 +35,21 @@ def _sums(walk: MemoryWalk, factors: Mapping[int, int]) -> RunSums:
     return RunSums(plain, torch.stack([first, last, amount], dim=1)[across])
 
 
-def first_starts(sums: Sequence[RunSums], limit: int) -> Tensor:
-    """(ends,) the first start from which a stage to each end may stay within the limit, behind the end if none does."""
-    ends = torch.arange(sums[0].num_segments)
-    found = [each.search(ends, lambda start, size: (start <= ends) & (size > limit))[0] for each in sums]
-    return torch.stack(found).amax(0)
+def first_within(walk: MemoryWalk, heads: HeadMemory, limit: int) -> Tensor:
+    """(ends,) the first start from which a stage to each end may stay within a limit, behind the end if none does.
+
+    heads: (ends,) of the smallest head at each end
+    """
+    saving, updating = floors(walk)
+    left = limit - (2 + OPTIMIZER_STATES) * heads.parameters
+    return torch.maximum(_first(saving, left), _first(updating, left - UPDATE_TENSORS * heads.largest))
+
+
+def _first(sums: RunSums, limits: Tensor) -> Tensor:
+    """(ends,) the first start from which the sum to each end is within its limit."""
+    ends = torch.arange(sums.num_segments)
+
+    def refuses(start: Tensor, size: Tensor) -> Tensor:
+        return (start <= ends) & (size > limits)
+
+    return sums.search(ends, refuses)[0]

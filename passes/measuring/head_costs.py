@@ -43,6 +43,14 @@ class HeadRuns:
         memory[:, self.end[rows] - first] = torch.stack([amount[rows] for amount in self.memory.amounts])
         return HeadMemory(*memory)
 
+    def smallest(self, num_ends: int) -> HeadMemory:
+        """(ends,) the least of each at every end, 0 where there is no head."""
+        least = [
+            torch.zeros(num_ends, dtype=torch.int64).scatter_reduce(0, self.end, amount, "amin", include_self=False)
+            for amount in self.memory.amounts
+        ]
+        return HeadMemory(*least)
+
 
 class HeadCosts:
     """Asks for each head once: heads that read the same shapes cost the same."""

@@ -16,7 +16,7 @@ from autodecouple.passes.candidates import Candidate
 from autodecouple.passes.measure import HeadCost
 from autodecouple.passes.measuring.charges import Charge
 from autodecouple.passes.measuring.extents import Extents
-from autodecouple.passes.measuring.floors import first_starts, floors
+from autodecouple.passes.measuring.floors import first_within
 from autodecouple.passes.measuring.head_costs import HeadCosts, HeadRuns
 from autodecouple.passes.measuring.lifetimes import Lifetimes
 from autodecouple.passes.measuring.memory import MemoryWalk
@@ -160,9 +160,12 @@ class StageCosts:
         return self._walks[before, after]
 
     def first_within(self, stage: int, objectives: Sequence[Objective], limit: int) -> Tensor:
-        """(ends,) the first start from which stage number `stage` may need no more bytes than this, rising; all stages
-        from starts before it need more."""
-        return first_starts(floors(self.memory(stage, objectives)), limit)
+        """(ends,) the first start from which stage number `stage` may need no more bytes than this; all stages from
+        starts before it need more."""
+        heads = HeadMemory(*torch.zeros(3, len(self.ends), dtype=torch.int64))
+        if stage < len(objectives):
+            heads = self._heads(objectives[stage]).smallest(len(self.ends))
+        return first_within(self.memory(stage, objectives), heads, limit)
 
     def needs(self, stage: int, objectives: Sequence[Objective], begin: int, ends: tuple[int, int]) -> Tensor:
         """(ends,) bytes of a training step as stage number `stage`: `StageSpec.memory_bytes` of the stages from a

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from autodecouple.objectives.objective import Objective
 from autodecouple.passes.measuring.stage_costs import StageCosts
-from autodecouple.passes.partitioning.columns import minimise_slowest
+from autodecouple.passes.partitioning import columns, runs
 from autodecouple.passes.partitioning.runs import FORBIDDEN, StageRuns
 from autodecouple.passes.partitioning.ways import find_ways
 
 SLACKS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-"""How much slower than without a limit the slowest stage may be, at first: tight bounds leave few stages to look at."""
+"""How much slower than the best that may fit the slowest stage may be, at first: tight bounds leave few stages to look
+at."""
 
 
 class Limited:
@@ -37,8 +38,8 @@ class Limited:
         self.preference = preference
         self.limits = limits
         self._alike: dict[Any, list[int]] = {}  # stage numbers whose stages cost and take the same
-        for stage, (runs, limit) in enumerate(zip(stages, limits, strict=True)):
-            self._alike.setdefault((costs.kind(stage, objectives), id(runs), limit), []).append(stage)
+        for stage, (same, limit) in enumerate(zip(stages, limits, strict=True)):
+            self._alike.setdefault((costs.kind(stage, objectives), id(same), limit), []).append(stage)
         self.stages = list(stages)
         self._firsts: list[Tensor] = []
         for alike in self._alike.values():
@@ -53,7 +54,16 @@ class Limited:
         narrower = self.stages[alike[0]].behind(first)
         for stage in alike:
             self.stages[stage] = narrower
-        self._firsts.append(first)
+        self._firsts.append(first.flip(0).cummin(0).values.flip(0))
+
+    def fits(self, cuts: Sequence[int]) -> bool:
+        """Whether no stage of a plan takes more than it may."""
+        begins, ends = [0, *(cut + 1 for cut in cuts)], [*cuts, len(self.costs.legal)]
+        needs = [
+            int(self.costs.needs(stage, self.objectives, begin, (end, end)))
+            for stage, (begin, end) in enumerate(zip(begins, ends, strict=True))
+        ]
+        return all(limit is None or need <= limit for need, limit in zip(needs, self.limits, strict=True))
 
     @property
     def num_stages(self) -> int:
@@ -64,7 +74,7 @@ class Limited:
         if bound != self._bound:
             self._bound, (self._reached, self._leading) = bound, find_ways(self.stages, bound)
         reach = max(int(torch.searchsorted(first, start, right=True)) for first in self._firsts)
-        stop = max(start, min(reach, max(runs.reach(start, bound) for runs in self.stages)))
+        stop = max(start, min(reach, max(stage.reach(start, bound) for stage in self.stages)))
         column = torch.full((len(self.stages), stop - start), FORBIDDEN, dtype=torch.int64)
         for alike in self._alike.values():
             used = [stage for stage in alike if self._reached[stage, start]]
@@ -84,10 +94,15 @@ class Limited:
         return costs
 
 
-def minimise_within(stages: Limited, fastest: int) -> tuple[int, ...] | None:
+def minimise_within(limited: Limited) -> tuple[int, ...] | None:
     """The cuts of the best plan within the limit, None if there is none.
 
-    fastest: cost of the slowest stage without a limit
+    The best of all plans whose stages are not too large for certain is the best one if it fits; else none is faster.
     """
-    bounds = [*(min(int(fastest * (1 + slack)), FORBIDDEN - 1) for slack in SLACKS), FORBIDDEN - 1]
-    return next((cuts for bound in bounds if (cuts := minimise_slowest(stages, bound)) is not None), None)
+    found = runs.minimise_slowest(limited.stages, limited.preference)
+    if found is None:
+        return None
+    if limited.fits(found[1]):
+        return found[1]
+    bounds = [*(min(int(found[0] * (1 + slack)), FORBIDDEN - 1) for slack in SLACKS), FORBIDDEN - 1]
+    return next((cuts for bound in bounds if (cuts := columns.minimise_slowest(limited, bound)) is not None), None)
