@@ -86,8 +86,7 @@ def test_draws_inside_kernels_stay_outside_of_compiled_code() -> None:
     x = torch.randn(6, 6)
     expected = _trained(nn.RReLU(), x)
     torch.compiler.reset()
-    why = "rrelu.* runs as eager code: what draws random numbers inside a kernel"
-    with pytest.warns(UserWarning, match=why) as said:
+    with pytest.warns(UserWarning, match="rrelu.* runs as eager code: what draws random numbers inside") as said:
         found = _trained(nn.RReLU(), x, backend=TRACED)
     assert_same(found, expected)
     assert len(said) == 1
@@ -104,13 +103,13 @@ class Last(nn.Module):
 
 
 def test_recurrent_layers_train_alike() -> None:
-    """torch 2.13 cannot train a compiled LSTM on a CPU, and says so by an AssertionError from within the forward."""
+    """Compiled, a recurrent layer is written out or runs as it is, as torch has it: the same masks, up to rounding."""
     x, last = torch.randn(6, 6), Last()
     expected = _trained(copy.deepcopy(last), x)
     torch.compiler.reset()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert_same(_trained(last, x, backend=TRACED), expected)
+        torch.testing.assert_close(_trained(last, x, backend=TRACED), expected, rtol=1e-5, atol=1e-6)
 
 
 def failing(module: Any, inputs: Any) -> Any:

@@ -74,7 +74,8 @@ def test_one_lane_takes_the_memory_of_its_largest_stage(how: dict[str, str]) -> 
     """Each stage's graph is gone before the next stage begins, also with batches waiting."""
     x, y = torch.randn(ROWS, WIDTH), torch.arange(ROWS) % 4
     loss = autodecouple.EarlyExit(hidden=None)
-    made = autodecouple.compile(perceptron(), 4, loss, example_inputs=x, devices=["cpu"], **how)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"devices": ["cpu"], **how}
+    made = autodecouple.compile(perceptron(), 4, loss, example_inputs=x, **options)
     owned = [y, *(parameter for stage in made.stages for parameter in stage.parameters)]
     largest = max(stage.activation_bytes for stage in made.plan.stages)
     with made as decoupled, kept_for(owned, x) as kept:

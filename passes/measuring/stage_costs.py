@@ -164,7 +164,7 @@ class StageCosts:
         starts before it need more."""
         heads = HeadMemory(*torch.zeros(3, len(self.ends), dtype=torch.int64))
         if stage < len(objectives):
-            heads = self._heads(objectives[stage]).smallest(len(self.ends))
+            heads = self._heads(stage, objectives).smallest(len(self.ends))
         return first_within(self.memory(stage, objectives), heads, limit)
 
     def needs(self, stage: int, objectives: Sequence[Objective], begin: int, ends: tuple[int, int]) -> Tensor:
