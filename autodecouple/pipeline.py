@@ -48,8 +48,7 @@ from autodecouple.passes.place import assign_lanes
 from autodecouple.passes.trace import capture
 from autodecouple.plans import Plan, TensorSpec
 from autodecouple.randomness import Randomness
-from autodecouple.schedules import placed
-from autodecouple.schedules.program import Program
+from autodecouple.schedules import Program, placed
 from autodecouple.signals import check_classes, describe
 from autodecouple.stage import Stage
 
