@@ -322,7 +322,7 @@ def test_a_rank_may_leave_long_after_the_others(late: int) -> None:
 
     def rank(number: int) -> Any:
         waits_less = mock.patch.object(GlooLinks.end, "__defaults__", (0.1,))
-        with compiled("norm", 3, devices=None, executor="distributed") as decoupled, waits_less:
+        with waits_less, compiled("norm", 3, devices=None, executor="distributed") as decoupled:
             train_steps = [decoupled.train_step(x, y) for x, y in make_batches("norm", [8] * 3)]
             decoupled.state_dict()
             time.sleep(1.0 if number == late else 0.0)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 from training_tools import assert_same, comparable, compiled, make_batches, sgd
@@ -84,7 +84,11 @@ def comparable_history(history: list[Epoch]) -> list[dict[str, Any]]:
 KINDS = ["in order", "shuffled", "own generator", "sampler", "noisy"]
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
+@example(kind="shuffled", rows=17, epochs=2, every=2, stops=[3, 4], executor="inline", validation=True)
+@example(kind="own generator", rows=17, epochs=2, every=1, stops=[3, 6], executor="inline", validation=False)
+@example(kind="sampler", rows=17, epochs=3, every=None, stops=[7, 2], executor="inline", validation=False)
+@example(kind="noisy", rows=17, epochs=2, every=2, stops=[3, 4], executor="streams", validation=False)
 @given(
     kind=st.sampled_from(KINDS),
     rows=st.integers(1, 17),
