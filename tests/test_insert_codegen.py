@@ -113,7 +113,7 @@ def check_inference(program: Program, n_stages: int) -> None:
 def check_moves(inference: fx.GraphModule, built: Built) -> None:
     """Every operation has all its tensors on one device, and no value is moved twice to the same one; a parameter
     that a stage owns is never moved: the data goes to it."""
-    moves = [node for node in inference.graph.nodes if getattr(node.target, "__name__", "") == "_to"]
+    moves = [node for node in inference.graph.nodes if getattr(node.target, "__name__", "") == "to_device"]
     assert len({node.args for node in moves}) == len(moves)
     trained = {name for name, p in built.model.named_parameters() if p.requires_grad}
     assert not [node for node in moves if node.args[0].op == "get_attr" and node.args[0].target in trained]
@@ -206,7 +206,7 @@ def test_a_cut_that_evaluation_does_not_have() -> None:
     assert inference is not None
     x = torch.randn(5, 4)
     assert torch.equal(inference(x)[0], model.eval()(x))
-    moves = [node for node in inference.graph.nodes if getattr(node.target, "__name__", "") == "_to"]
+    moves = [node for node in inference.graph.nodes if getattr(node.target, "__name__", "") == "to_device"]
     assert [str(node.args[1]) for node in moves] == ["cpu", "cpu:0", "cpu:0"], "the input; features and side"
 
 

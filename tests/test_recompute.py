@@ -75,7 +75,12 @@ def test_activations_are_not_kept() -> None:
         stage.code.body.forward = watched  # type: ignore[method-assign]
         counts = []
         backward = stage.backward
-        stage.backward = lambda *given: (counts.append(len(saved)), backward(*given))[1]  # type: ignore[method-assign]
+
+        def counting(*given: Any, **options: Any) -> Any:
+            counts.append(len(saved))
+            return backward(*given, **options)
+
+        stage.backward = counting  # type: ignore[method-assign]
         x, y = make_batches("norm", [8])[0]
         decoupled.train_step(x, y)
     assert counts == [0] and saved, "first nothing, then all of it"
@@ -106,9 +111,9 @@ def test_the_plan_counts_the_second_forward(loss: str) -> None:
 
 
 def count(run: Any, counted: list[int], index: int) -> Any:
-    def counting(*given: Any) -> Any:
+    def counting(*given: Any, **options: Any) -> Any:
         with flop_counter() as counter:
-            result = run(*given)
+            result = run(*given, **options)
         counted[index] += counter.get_total_flops()
         return result
 
@@ -145,9 +150,9 @@ def test_what_the_first_forward_gave_is_not_kept_beside_the_second() -> None:
         stage = decoupled.stages[0]
         backward = stage.backward
 
-        def watched(work: Any, micro_batch: int, gradients: Any) -> Any:
+        def watched(work: Any, micro_batch: int, gradients: Any, **options: Any) -> Any:
             passage = work.passages[micro_batch]
-            result = backward(work, micro_batch, gradients)
+            result = backward(work, micro_batch, gradients, **options)
             seen.append(len(passage.values))
             return result
 

@@ -323,13 +323,13 @@ def test_what_a_backward_reads_is_kept_until_it_is_done(cuda: FakeCuda, monkeypa
             received.append(values)
         return forward(self, work, micro_batch, values, *rest)
 
-    def backward_noting(self: Stage, work: Any, micro_batch: int, gradient: Any) -> Any:
+    def backward_noting(self: Stage, work: Any, micro_batch: int, gradient: Any, **options: Any) -> Any:
         if self.index == 1:
             names = received[-1].keys()
             held = [values for values in kept if isinstance(values, dict) and names == values.keys()]
             same = [values for values in held if all(_shares(values[name], received[-1][name]) for name in names)]
             seen_at_backward.append(len(same) == 2)  # once for the forward, and again for the backward
-        return backward(self, work, micro_batch, gradient)
+        return backward(self, work, micro_batch, gradient, **options)
 
     monkeypatch.setattr(Stage, "forward", forward_noting)
     monkeypatch.setattr(Stage, "backward", backward_noting)
