@@ -59,7 +59,8 @@ class HeadCosts:
         self.legal = legal
         self.starts = [0, *(candidate.position + 1 for candidate in legal)]
         self.price = price
-        self._known: dict[Any, HeadCost] = {}
+        self._known: dict[Any, dict[Any, HeadCost]] = {}  # by the objective's id and signal
+        self._asked: tuple[Any, Any, dict[Any, HeadCost]] = (None, None, {})
 
     def cost(self, end: int, start: int, objective: Objective, signal: Signal) -> HeadCost:
         """Of the objective's head on what it reads at a legal cut, in a stage that begins at a position."""
@@ -67,13 +68,21 @@ class HeadCosts:
             return HeadCost(0, 0, 0)
         cut = self.legal[end].cut
         assert cut is not None
-        features = self.legal[end].features(start)
-        placed, cut = at_cut(objective, dataclasses.replace(cut, features=features))
-        specs = read_at(cut)
-        key = price_key(placed), signal, *[(spec.shape, spec.dtype, spec.batch_dim) for spec in specs]
-        if key not in self._known:
-            self._known[key] = self.price(placed, specs, signal)
-        return self._known[key]
+        known, features, which = self._known_of(objective, signal), self.legal[end].features(start), None
+        if hasattr(objective, "at"):
+            objective, cut = at_cut(objective, dataclasses.replace(cut, features=features))
+            which = price_key(objective)
+        specs = [cut.spec(name) for name in (*features, *cut.sides)]
+        key = which, *[(spec.shape, spec.dtype, spec.batch_dim) for spec in specs]
+        if key not in known:
+            known[key] = self.price(objective, read_at(dataclasses.replace(cut, features=features)), signal)
+        return known[key]
+
+    def _known_of(self, objective: Objective, signal: Signal) -> dict[Any, HeadCost]:
+        """The heads counted so far. Every cut asks, mostly for the same as the one before: no need to look it up."""
+        if self._asked[0] is not objective or self._asked[1] is not signal:
+            self._asked = objective, signal, self._known.setdefault((id(objective), signal), {})
+        return self._asked[2]
 
     def runs(self, objective: Objective, signal: Signal) -> HeadRuns:
         """The heads at every legal cut but those that the objective refuses; its InputError where these are all."""
