@@ -124,20 +124,20 @@ def test_only_what_the_carrier_takes_goes_there() -> None:
         assert outcome.value == ([1.0, 1.0, 1.0], (), [])
 
 
-def part_together(size: int) -> None:
+def part_together(world: World) -> None:
     """Rank 0 goes last: it takes the store with it, in which others may still be reading."""
-    world = World.current()
     if world.rank:
         world.store.set(f"read {world.rank}", "")
     else:
-        world.store.wait([f"read {rank}" for rank in range(1, size)])
+        world.store.wait([f"read {rank}" for rank in range(1, world.size)])
 
 
 @pytest.mark.dist
 def test_without_a_gpu_for_each_process_gloo_takes_all() -> None:
     def one(number: int) -> Any:
-        found = can_use_nccl(World.current(), CPU)
-        part_together(2)
+        world = World.current()
+        found = can_use_nccl(world, CPU)
+        part_together(world)
         return found
 
     assert [outcome.value for outcome in run_ranks(2, one)] == [False, False]
@@ -148,8 +148,9 @@ def test_without_a_gpu_for_each_process_gloo_takes_all() -> None:
             mock.patch.object(carriers.dist, "is_nccl_available", lambda: True),
             mock.patch.object(torch.cuda, "get_device_properties", lambda device: properties),
         ):
-            found = can_use_nccl(World.current(), torch.device("cuda:0"))
-            part_together(2)
+            world = World.current()
+            found = can_use_nccl(world, torch.device("cuda:0"))
+            part_together(world)
             return found
 
     assert [outcome.value for outcome in run_ranks(2, two)] == [False, False]
