@@ -31,11 +31,12 @@ from autodecouple.passes.divide import Piece, divide
 from autodecouple.passes.place import check_device
 from autodecouple.pipeline import Pipeline, build
 from autodecouple.plans import Plan
+from autodecouple.refusals import NotAModule
 from autodecouple.stage import Stage
 from autodecouple.timeline import Timeline
 
 
-class Decoupled:
+class Decoupled(NotAModule):
     """A model whose stages train on local losses, batch after batch, without waiting for each other.
 
     `train_step` returns at once; whatever reads the model (calling it, `model`, `state_dict`, `evaluate`) waits for the
@@ -366,20 +367,6 @@ class Decoupled:
         with contextlib.suppress(CheckpointError):  # what has led here is the error to see
             self._writer.wait()
 
-    def __deepcopy__(self, memo: object) -> Decoupled:
-        raise InputError(
-            "a compiled pipeline cannot be copied: copy.deepcopy(decoupled.model) copies the trained model"
-        )
-
-    def __reduce__(self) -> Any:
-        raise InputError("a compiled pipeline cannot be pickled: save decoupled.state_dict() or decoupled.model")
-
-    def __getattr__(self, name: str) -> Any:
-        if not name.startswith("_") and hasattr(nn.Module, name):
-            instead = _INSTEAD.get(name, f"use decoupled.model.{name}")
-            raise AttributeError(f"a compiled pipeline has no {name!r}: {instead}")
-        raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
-
     @property
     def _compiled(self) -> Pipeline:
         if self._pipeline is None:
@@ -387,13 +374,6 @@ class Decoupled:
                 "the model is captured at its first batch: pass example_inputs= to compile() to have it now"
             )
         return self._pipeline
-
-    def _task_loss(self, output: Any, target: Any) -> float:
-        """The criterion's loss of an output, as a number."""
-        leaves = pytree.tree_leaves(output)
-        device = next((leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)), torch.device("cpu"))
-        with torch.no_grad():
-            return float(self._compiled.criterion.compare(output, _to(target, {device})))
 
     def _warn_without_positives(self) -> None:
         """Say once that SupCon had batches in which no two rows shared a class."""
@@ -409,17 +389,6 @@ class Decoupled:
                 " 0 and trains nothing. Larger batches, or batches sampled by class, avoid this.",
                 stacklevel=4,
             )
-
-
-_CONVERT = "convert the model before compile()"
-_INSTEAD = {
-    "forward": "call it, decoupled(x)",
-    "cpu": 'use decoupled.to("cpu")',
-    "cuda": 'use decoupled.to("cuda")',
-    **dict.fromkeys(("half", "bfloat16", "float", "double", "type"), _CONVERT),
-    **dict.fromkeys(("requires_grad_", "apply", "to_empty"), "do that to the model before compile()"),
-    "zero_grad": "every update leaves the gradients at None",
-}
 
 
 def _to(value: Any, devices: set[torch.device]) -> Any:

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from autodecouple import checkpoints
 from autodecouple.epochs import Epoch, count_hits, has_rows
@@ -115,13 +118,23 @@ def evaluate(decoupled: Decoupled, loader: Iterable[Any]) -> dict[str, float]:
         decoupled._ensure_captured(inputs)
         output = decoupled(**inputs) if isinstance(inputs, Mapping) else decoupled(*_positional(inputs))
         count = len(target) if has_rows(target) else 1
-        rows, total = rows + count, total + decoupled._task_loss(output, target) * count
+        rows, total = rows + count, total + _task_loss(decoupled, output, target) * count
         found = count_hits(output, target)
         if found is not None:
             hits, compared = hits + found, compared + count
     if rows == 0:
         raise InputError("the loader gave no batch: nothing was evaluated (a generator can be read only once)")
     return {"loss": total / rows, "accuracy": hits / compared if compared else math.nan}
+
+
+def _task_loss(decoupled: Decoupled, output: Any, target: Any) -> float:
+    """The criterion's loss of an output, as a number."""
+    leaves = (leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
+    first = next(leaves, None)
+    if first is not None and isinstance(target, Tensor):
+        target = target.to(first.device)
+    with torch.no_grad():
+        return float(decoupled._compiled.criterion.compare(output, target))
 
 
 def unpack(batch: Any) -> tuple[Any, Any]:

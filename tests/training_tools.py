@@ -81,9 +81,14 @@ def _captured(kind: str) -> Captured:
 
 
 def compiled(kind: str, n_stages: int, loss: Any = "supcon", *, lanes: int | None = None, **options: Any) -> Decoupled:
-    """A new pipeline on the captured model, with its initial weights: one at a time per kind."""
+    """A new pipeline on the captured model, with its initial weights: one at a time per kind.
+
+    In memory of its own, since a pipeline of processes leaves the model in memory that forks share: ranks forked later
+    once wrote over each other's statistics.
+    """
     captured = _captured(kind)
-    captured.model.load_state_dict(captured.initial)
+    for name, tensor in captured.model.state_dict(keep_vars=True).items():
+        tensor.data = captured.initial[name].clone()
     captured.model.zero_grad(set_to_none=True)
     captured.model.train()
     options.setdefault("devices", ["cpu"] * (n_stages if lanes is None else lanes))
