@@ -95,12 +95,26 @@ def plan_notes(plan: Plan) -> tuple[str, ...]:
         speedup += f", {_limit(plan)}{on_lanes:.2f}x on the {units.count(len(plan.lanes), 'lane')} of this plan"
     balance = f"balance {plan.balance:.2f} (mean stage / slowest stage; 1.00 is perfect)"
     again = ("every stage runs its forward again, as a part of its backward",) if plan.recompute else ()
-    return (balance, speedup, _bottleneck(plan), *again)
+    return (balance, speedup, _bottleneck(plan), *again, *_stale(plan))
+
+
+def _stale(plan: Plan) -> tuple[str, ...]:
+    """What an asynchronous schedule of coupled stages costs, where there is one."""
+    if not any(plan.staleness):
+        return ()
+    late, kept = ", ".join(map(str, plan.staleness)), ", ".join(str(stage.versions) for stage in plan.stages)
+    more = units.size(sum(stage.stashed_bytes for stage in plan.stages))
+    return (
+        f"asynchronous: by stage, a batch is trained at weights that lack the last {late} updates: not backprop's result",
+        f"for that the stages hold {kept} batches under way and the weights of each: {more} more memory",
+    )
 
 
 def timeline_note(timeline: Timeline) -> str:
     batches = units.count(len({span.batch for span in timeline.spans}), "batch")
-    return f"makespan {units.duration(timeline.makespan)} for {batches}, bubble {units.percent(timeline.bubble)}"
+    late = max(timeline.staleness.values(), default=0)
+    stale = f", weights up to {units.count(late, 'update')} old" if late else ""
+    return f"makespan {units.duration(timeline.makespan)} for {batches}, bubble {units.percent(timeline.bubble)}{stale}"
 
 
 def _speedup(timeline: Timeline) -> str:
@@ -118,8 +132,8 @@ def predicted_speedup(plan: Plan) -> str:
 
 
 def _limit(plan: Plan) -> str:
-    """Coupled stages wait for each other, so that theirs is only a limit."""
-    return "" if all(cut.detached for cut in plan.cuts) else "at most "
+    """Coupled stages wait for each other, unless they train on older weights, so that theirs is only a limit."""
+    return "" if all(cut.detached for cut in plan.cuts) or any(plan.staleness) else "at most "
 
 
 def crossing(cut: Cut) -> tuple[TensorSpec, ...]:
