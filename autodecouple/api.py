@@ -29,6 +29,7 @@ from autodecouple.options import (
 from autodecouple.passes.candidates import Candidate, find_cuts
 from autodecouple.passes.capturing.tied import untied
 from autodecouple.passes.measuring.updates import MakeOptimizer
+from autodecouple.passes.settle import settle
 from autodecouple.pipeline import decide, note_untied, prepare, with_target
 from autodecouple.plans import Plan
 from autodecouple.replication import DataParallel
@@ -164,8 +165,13 @@ def plan(
     detach_classifier: bool | str = False,
     recompute: bool = False,
     optimizer: MakeOptimizer = default_optimizer,
+    schedule: str | Schedule = "streaming",
 ) -> Plan:
-    """Decide where to cut without building anything; arguments as for `compile`. Meta tensors compute nothing."""
+    """Decide where to cut without building anything; arguments as for `compile`. Meta tensors compute nothing.
+
+    schedule: may place the stages on the lanes in turn, or tell how many versions of its weights each will keep
+    """
+    found = schedules.resolve(schedule)
     wish = Wish.checked(
         n_stages,
         loss,
@@ -180,7 +186,8 @@ def plan(
     )
     how: dict[str, Any] = {"example_target": example_target, "mode": mode, "dynamic": dynamic}
     with _captured(model, example_inputs, tied, **how) as graph:
-        return decide(graph, find_cuts(graph), wish, None if isinstance(model, Graph) else example_inputs)
+        decided = decide(graph, find_cuts(graph), wish, None if isinstance(model, Graph) else example_inputs)
+        return settle(decided, found, wish)
 
 
 @contextlib.contextmanager

@@ -62,6 +62,7 @@ _wishes = options(
         "--max-memory", type=Parsed("bytes", targets.parse_bytes), help="Largest memory of a stage, as 4GiB or 500MB."
     ),
 )  # fmt: skip
+_schedules = click.option("--schedule", type=click.Choice(list(SCHEDULES)), default="streaming", show_default=True)
 
 
 @click.group(cls=ErrorGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -84,6 +85,7 @@ def main(ctx: click.Context, quiet: bool) -> None:
 @_target
 @_input
 @_wishes
+@_schedules
 @click.option("--check", type=click.FloatRange(0, 1), metavar="MIN", help="Exit 1 if the balance is lower than this.")
 @_json
 @_drawings
@@ -126,7 +128,7 @@ def cuts(target: str, inputs: tuple[targets.InputShape, ...], as_json: bool, **c
 @_target
 @_optional_input
 @_wishes
-@click.option("--schedule", type=click.Choice(list(SCHEDULES)), default="streaming", show_default=True)
+@_schedules
 @click.option("--batches", type=click.IntRange(1), default=32, show_default=True)
 @click.option("--micro-batches", type=click.IntRange(1), help="Slices of a batch, where the schedule has them.")
 @_json

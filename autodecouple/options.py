@@ -155,7 +155,10 @@ class Options:
                 ' batch among replicas: take backend="eager" with data_parallel='
             )
         found = schedules.resolve(schedule)
-        return Options(capturing, wish, training, criterion, found, choose_executor(executor, found), seed, backend)
+        executor = choose_executor(executor, found)
+        if hasattr(found, "lag"):
+            _check_in_flight(found, executor, training.data_parallel, backend)
+        return Options(capturing, wish, training, criterion, found, executor, seed, backend)
 
 
 def choose_executor(executor: str | None, schedule: Schedule) -> str:
@@ -167,6 +170,26 @@ def choose_executor(executor: str | None, schedule: Schedule) -> str:
     if isinstance(schedule, Sequential):
         return "inline"
     return "distributed" if world_size() > 1 else "streams"
+
+
+def _check_in_flight(schedule: Schedule, executor: str, data: DataParallel, backend: Backend) -> None:
+    """Raises InputError for what cannot hold several batches between their forward and their backward."""
+    name = type(schedule).__name__
+    if executor == "processes":
+        raise InputError(
+            f'{name} leaves batches in flight between two steps, which the workers of executor="processes" do not hold:'
+            ' take executor="streams", or torchrun'
+        )
+    if backend.name != EAGER.name:
+        raise InputError(
+            f"{name} runs each batch on its own version of the weights, which backend={backend.name!r} cannot swap:"
+            ' take backend="eager"'
+        )
+    if data.replicas > 1:
+        raise InputError(
+            f"{name} has no replicas: take data_parallel=1, or another schedule for coupled stages, such as"
+            ' schedule="1f1b"'
+        )
 
 
 def choose_devices(devices: Sequence[Any] | None, executor: str, data: DataParallel) -> Sequence[Any] | None:

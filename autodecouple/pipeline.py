@@ -45,10 +45,11 @@ from autodecouple.passes.measure import annotate
 from autodecouple.passes.measuring.charges import Charge
 from autodecouple.passes.partition import choose_cuts, find_classifier
 from autodecouple.passes.place import assign_lanes
+from autodecouple.passes.settle import settle
 from autodecouple.passes.trace import capture
 from autodecouple.plans import Plan, TensorSpec
 from autodecouple.randomness import Randomness
-from autodecouple.schedules import Program, placed
+from autodecouple.schedules import Program
 from autodecouple.signals import check_classes, describe
 from autodecouple.stage import Stage
 
@@ -265,7 +266,7 @@ def build(model: nn.Module | Graph, example_inputs: Any, example_target: Any, op
     """Run every pass: trace, measure, candidates, partition, place, insert, codegen."""
     graph, candidates = analyse(model, example_inputs, example_target, options.capturing)
     options = dataclasses.replace(options, wish=equipped(options.wish, graph, candidates, options.criterion))
-    plan = placed(decide(graph, candidates, options.wish, example_inputs), options.schedule)
+    plan = settle(decide(graph, candidates, options.wish, example_inputs), options.schedule, options.wish)
     verify.plan_fits(graph, plan)
     programs = Programs(plan, options.schedule, graph.smallest_batch)
     program = programs.full  # raises where the schedule does not suit the plan

@@ -140,6 +140,9 @@ class StageSpec:
     """Forward and backward of the head; of the criterion on the last stage."""
     update_seconds: float = 0.0
     """Of the optimizer, where a run has shown it."""
+    versions: int = 1
+    """Batches that are under way here at once, where the schedule lets stages train on older weights: each keeps its
+    activations and, if they are several, a copy of the weights that it went forward with."""
 
     @property
     def flops(self) -> int:
@@ -160,7 +163,13 @@ class StageSpec:
         The optimizer counts as Adam, updating one parameter at a time; a kernel's own workspace does not count.
         """
         weights = self.parameter_bytes + self.frozen_bytes + self.head_parameter_bytes
-        return weights + self.optimizer_bytes + self.step_bytes
+        return weights + self.optimizer_bytes + self.step_bytes + self.stashed_bytes
+
+    @property
+    def stashed_bytes(self) -> int:
+        """Of older weights, and of the activations of further batches under way."""
+        others = self.versions - 1
+        return (self.versions * self.parameter_bytes if others else 0) + others * self.activation_bytes
 
 
 @dataclass(frozen=True)
@@ -229,6 +238,11 @@ class Plan:
         """Stage indices per lane, in the lanes' order."""
         count = max(stage.lane for stage in self.stages) + 1
         return tuple(tuple(s.index for s in self.stages if s.lane == lane) for lane in range(count))
+
+    @property
+    def staleness(self) -> tuple[int, ...]:
+        """By stage, how many of its own updates the weights lack on which a batch is trained: mostly none."""
+        return tuple(stage.versions - 1 for stage in self.stages)
 
     @property
     def bottleneck(self) -> StageSpec:

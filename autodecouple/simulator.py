@@ -22,30 +22,37 @@ def run(plan: Plan, schedule: Schedule, cost: Cost, batches: int) -> Timeline:
         raise InputError(f"batches={batches!r}: simulate one batch or more")
     program = Program(plan, schedule)
     steps = tuple(_step(action, program, cost) for action in program.actions)
+    longest = max(step.lag for step in steps)
     free = [0.0] * len(program.lanes)
     stops: list[dict[Action, float]] = []
     spans: list[Span] = []
-    # No event queue is needed: batch by batch, and within one in the program's order, all that a step waits for comes
-    # before it, so every start is known when its turn comes.
-    for batch in range(batches):
+    # No event queue is needed: round by round (batch by batch, where nothing lags), and within one in the program's
+    # order, all that a step waits for comes before it, so every start is known when its turn comes.
+    for newest in range(batches + longest):
         met = _met_across(steps, program, stops)
-        done: dict[Action, float] = {}
+        stops.append({})
         for step in steps:
-            arrivals = (done[action] + delay for action, delay in step.waits)
+            batch = newest - step.lag
+            if not 0 <= batch < batches:
+                continue
+            arrivals = (stops[batch][action] + delay for action, delay in step.waits)
             start = max(free[step.lane], *arrivals, *(met[pair] for pair in step.across), 0.0)
-            done[step.action] = free[step.lane] = start + step.seconds
-            spans.append(Span(step.lane, step.action, batch, start, done[step.action]))
-        stops.append(done)
+            stops[batch][step.action] = free[step.lane] = start + step.seconds
+            spans.append(Span(step.lane, step.action, batch, start, free[step.lane]))
     title = f"{type(schedule).__name__}, {batches} batch{'es' * (batches > 1)}, predicted"
     return Timeline(tuple(sorted(spans, key=lambda span: span.start)), len(program.lanes), title)
 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """An action with all that every batch repeats: waits are (action, seconds from its stop till it counts here)."""
+    """An action with all that every batch repeats: waits are (action, seconds from its stop till it counts here).
+
+    lag: rounds after its batch has come
+    """
 
     action: Action
     lane: int
+    lag: int
     seconds: float
     waits: tuple[tuple[Action, float], ...]
     across: tuple[tuple[Action, int], ...]
@@ -55,6 +62,7 @@ def _step(action: Action, program: Program, cost: Cost) -> _Step:
     return _Step(
         action,
         program.lane_of[action],
+        program.lags.get(action, 0),
         cost.seconds(action),
         tuple((other, _delay(other, action, program, cost)) for other in program.waits[action]),
         dependencies_across(action, program.plan, program.schedule),
@@ -72,10 +80,13 @@ def _delay(source: Action, target: Action, program: Program, cost: Cost) -> floa
 def _met_across(
     steps: tuple[_Step, ...], program: Program, stops: list[dict[Action, float]]
 ) -> dict[tuple[Action, int], float]:
-    """When each wait for an earlier batch is over; one for a batch before the first is over from the start."""
+    """When each wait of the newest batch for an earlier one is over; for one before the first, from the start.
+
+    Forwards alone wait so, and they are of the newest batch.
+    """
     batch = len(stops)
     return {
-        (needed, ago): max((stops[batch - ago][action] for action in program.expand(needed)), default=0.0)
+        (needed, ago): max((stops[batch - ago].get(action, 0.0) for action in program.expand(needed)), default=0.0)
         if ago <= batch
         else 0.0
         for needed, ago in {pair for step in steps for pair in step.across}

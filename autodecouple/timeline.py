@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping
@@ -63,6 +64,22 @@ class Timeline:
         for span in self.spans:
             found[span.action.stage, span.action.op].append(span.seconds)
         return {key: statistics.median(values) for key, values in found.items()}
+
+    @property
+    def staleness(self) -> Mapping[int, int]:
+        """By stage, the most updates with earlier batches that a forward did not wait for: 0 but for PipeDream."""
+        begun: defaultdict[int, dict[int, float]] = defaultdict(dict)
+        updated: defaultdict[int, list[float]] = defaultdict(list)
+        for span in self.spans:
+            if span.action.op is Op.FORWARD:
+                begun[span.action.stage].setdefault(span.batch, span.start)
+            elif span.action.op is Op.UPDATE and span.batch in begun[span.action.stage]:
+                updated[span.action.stage].append(span.stop)
+        return {
+            stage: max(count - bisect.bisect(updated[stage], start) for count, start in enumerate(begun[stage].values()))
+            for stage in sorted(begun)
+            if begun[stage]
+        }
 
     def __str__(self) -> str:
         from autodecouple.view import text

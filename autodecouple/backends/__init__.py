@@ -8,6 +8,7 @@ from autodecouple.backends.backend import EAGER, Backend, resolve_backend
 from autodecouple.passes.codegen import StageCode
 from autodecouple.plans import Plan
 from autodecouple.stage import Stage, Training
+from autodecouple.stashing import StashingStage
 
 
 def make_stages(
@@ -29,7 +30,8 @@ def make_stages(
 
         recorders, notices = Recorders(), Notices()
         return tuple(GraphedStage(*each, recorders=recorders, notices=notices) for each in given)
-    return tuple(Stage(*each) for each in given)
+    kinds = [Stage if spec.versions == 1 else StashingStage for spec in plan.stages]
+    return tuple(kind(*each) for kind, each in zip(kinds, given, strict=True))
 
 
 __all__ = ["EAGER", "Backend", "make_stages", "resolve_backend"]

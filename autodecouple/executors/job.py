@@ -52,6 +52,7 @@ class Job:
         self.ends: list[Parcel] = []  # complete when the devices have done what the lanes queued
         self.error: BaseException | None = None
         self.finished = threading.Event()
+        self.known = threading.Event()  # losses and outputs; stages may still have to train on the batch
         self.parcels: dict[Key, Parcel] = {}
         self._devices = {torch.device(stage.device) for stage in plan.stages}
         self.lent = _memory((inputs, target))  # the caller may write there again
@@ -152,6 +153,9 @@ class Job:
     def _update(self, action: Action, stage: Stage, queue: Queue) -> None:
         judges = (self.work[index] for index in stage.loss_stages)
         self.losses[stage.index] = stage.update(self.work[stage.index], *judges)
+        if self.program.lags and stage.index == len(self.plan.cuts):  # who reads this need not wait for younger batches
+            self.ends.append(queue.send(()))
+            self.known.set()
 
     def is_done(self, requirement: Action) -> bool:
         return all(action in self.done for action in self.program.expand(requirement))
@@ -170,6 +174,7 @@ class Job:
             work.rests.clear()
             work.before = None
         self.finished.set()
+        self.known.set()
 
     @property
     def has_outputs(self) -> bool:
@@ -219,7 +224,7 @@ class Step:
         return lend_to_caller(self._unflatten(self._job))
 
     def _wait(self) -> None:
-        self._job.finished.wait()
+        self._job.known.wait()
         if self._job.error is not None:
             raise self._job.error
         for end in self._job.ends:
@@ -227,7 +232,7 @@ class Step:
                 event.synchronize()
 
     def __repr__(self) -> str:
-        state = "failed" if self._job.error is not None else "done" if self._job.finished.is_set() else "running"
+        state = "failed" if self._job.error is not None else "done" if self._job.known.is_set() else "running"
         return f"Step(batch={self.batch}, {state})"
 
 

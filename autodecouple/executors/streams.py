@@ -3,6 +3,9 @@
 Workers share a board of what is done. Each runs the actions of its lane in order, batch after batch, and starts one as
 soon as what it waits for is done: the same rules as everywhere (`dependencies`, `dependencies_across`). The queues
 between lanes are bounded by those rules, too: a stage is at most `queue_depth` batches ahead of the next one.
+
+Where a schedule lets actions lag behind, a lane holds several batches (`in_flight`), and takes each action of its order
+for the one whose turn it is. When the caller waits for all batches, those rounds follow that have no new one.
 """
 
 from __future__ import annotations
@@ -14,11 +17,13 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from autodecouple.errors import ClosedError
 from autodecouple.executors.executor import Local, Recorder, stages_of_lane
+from autodecouple.executors.in_flight import InFlight
 from autodecouple.executors.job import Job
 from autodecouple.executors.transport import Parcel, Queues, make_queues
 from autodecouple.plans import Plan
@@ -42,7 +47,7 @@ class Streams(Local):
         self._workers = [
             threading.Thread(
                 target=_work,
-                args=(lane, self._board, stages, queues, self._recorder, num_threads),
+                args=(_Lane(lane, self._board, stages, queues, self._recorder), InFlight(program, lane), num_threads),
                 name=f"autodecouple-lane-{lane}",
                 daemon=True,  # an exit without close() must not hang
             )
@@ -103,35 +108,52 @@ def _end_all() -> None:
         executor.join(SECONDS_AT_EXIT / len(running))
 
 
-def _work(
-    lane: int, board: _Board, stages: Sequence[Stage], queues: Queues, recorder: Recorder, num_threads: int
-) -> None:
+def _work(lane: _Lane, in_flight: InFlight, num_threads: int) -> None:
     """The life of a worker: it holds no reference to the executor, which may be collected."""
     torch.set_num_threads(num_threads)
-    while (job := board.next(lane)) is not None:
-        own = stages_of_lane(job.program, lane, stages)
+    while True:
+        job = lane.board.next(lane.index, in_flight.newest)
+        if job is None and not in_flight:
+            return
+        for action in in_flight.enter(job).lanes[lane.index]:
+            lane.take(in_flight.of(action), action)
+        lane.leave(in_flight.leave())
+        del job
+
+
+@dataclass(frozen=True)
+class _Lane:
+    """What a worker works with."""
+
+    index: int
+    board: _Board
+    stages: Sequence[Stage]
+    queues: Queues
+    recorder: Recorder
+
+    def take(self, job: Job | None, action: Action) -> None:
+        """One action of a batch, unless that was dropped."""
+        if job is None:
+            return
+        try:
+            if self.board.wait(job, action):
+                stage = self.stages[action.stage]
+                self.recorder.perform(job, action, stage, self.queues[stage.device], self.index)
+                self.board.mark(job, action)
+        except BaseException as error:  # SystemExit and KeyboardInterrupt too: nothing may hang
+            self.board.fail(job, error)
+
+    def leave(self, job: Job | None) -> None:
+        """Have done with a batch."""
+        if job is None:
+            return
         ends: list[Parcel] = []
         try:
-            try:
-                _run(lane, board, job, stages, queues, recorder)
-            except BaseException as error:  # SystemExit and KeyboardInterrupt too: nothing may hang
-                board.fail(job, error)
-            job.discard(own, queues)
-            ends = [queue.send(()) for queue in queues.values()]
+            job.discard(stages_of_lane(job.program, self.index, self.stages), self.queues)
+            ends = [queue.send(()) for queue in self.queues.values()]
         except BaseException as error:  # of a device that is lost; the caller still gets an answer
-            board.fail(job, error)
-        board.leave(job, lane, ends)
-        del job, own
-
-
-def _run(lane: int, board: _Board, job: Job, stages: Sequence[Stage], queues: Queues, recorder: Recorder) -> None:
-    """One lane's part of a batch, up to where it is dropped."""
-    for action in job.program.lanes[lane]:
-        if not board.wait(job, action):
-            return
-        stage = stages[action.stage]
-        recorder.perform(job, action, stage, queues[stage.device], lane)
-        board.mark(job, action)
+            self.board.fail(job, error)
+        self.board.leave(job, self.index, ends)
 
 
 class _Board:
@@ -148,6 +170,7 @@ class _Board:
         self._jobs: dict[int, Job] = {}  # by index, until every lane has left them
         self._error: BaseException | None = None
         self._failed_at: int | None = None  # jobs from here on are dropped
+        self._waited_for = -1  # jobs up to here end before younger ones begin
         self._closed = False
 
     # ---------------------------------------------------------------- the caller's side
@@ -165,6 +188,7 @@ class _Board:
 
     def drain(self) -> None:
         with self._lock:
+            self._waited_for = max(self._jobs, default=self._waited_for)
             self._changed.notify_all()
             self._changed.wait_for(lambda: not self._jobs)
             self._raise_error()
@@ -195,14 +219,22 @@ class _Board:
 
     # ---------------------------------------------------------------- the workers' side
 
-    def next(self, lane: int) -> Job | None:
-        """The oldest job that the lane has not run, None when closed and none is left."""
+    def next(self, lane: int, newest: Job | None) -> Job | None:
+        """The oldest job that the lane has not run; None when it is to end those in flight, or itself if none are.
+
+        newest: of those in flight
+        """
         with self._lock:
-            self._changed.wait_for(lambda: self._closed or self._untaken(lane) is not None)
+            self._changed.wait_for(lambda: self._closed or self._untaken(lane) is not None or self._is_last(newest))
             job = self._untaken(lane)
-            if job is not None:
-                job.to_take.remove(lane)
+            if job is None or (newest is not None and newest.index <= self._waited_for < job.index):
+                return None
+            job.to_take.remove(lane)
             return job
+
+    def _is_last(self, newest: Job | None) -> bool:
+        """Whether no younger job comes before this one has ended."""
+        return newest is not None and (newest.index <= self._waited_for or self._error is not None)
 
     def _untaken(self, lane: int) -> Job | None:
         return next((job for job in self._jobs.values() if lane in job.to_take), None)

@@ -7,9 +7,11 @@
     gpipe, 1f1b    the two classical schedules of coupled stages
     interleaved    1f1b on lanes that hold several stages in turn
     zero_bubble    the same with each backward in two, so that weights' gradients fill the gaps
+    pipedream      1f1b over the stream of batches, each stage on weights that are a few updates old
 
 Any callable value with the same three fields is a schedule too; `Program` checks the lanes that it makes. One that
-needs its stages on other lanes than the plan's has a method `place`, from a plan to a plan.
+needs its stages on other lanes than the plan's has a method `place`, from a plan to a plan; one whose actions are not all
+of the newest batch, a method `lag` (see `actions.lag`).
 """
 
 from __future__ import annotations
@@ -19,11 +21,12 @@ from types import MappingProxyType
 
 from autodecouple.errors import ScheduleError
 from autodecouple.plans import Plan
-from autodecouple.schedules.actions import Action, Lane, Op, Schedule, dependencies, dependencies_across
+from autodecouple.schedules.actions import Action, Lane, Op, Schedule, dependencies, dependencies_across, lag
 from autodecouple.schedules.gpipe import GPipe
 from autodecouple.schedules.interleaved import Interleaved
 from autodecouple.schedules.micro_batched import MicroBatched
 from autodecouple.schedules.one_f_one_b import OneFOneB
+from autodecouple.schedules.pipedream import PipeDream
 from autodecouple.schedules.program import Program, check, order
 from autodecouple.schedules.sequential import Sequential
 from autodecouple.schedules.streaming import Streaming
@@ -39,6 +42,7 @@ SCHEDULES: Mapping[str, Schedule] = MappingProxyType(
         "1f1b": OneFOneB(),
         "interleaved": Interleaved(),
         "zero_bubble": ZeroBubble(),
+        "pipedream": PipeDream(),
     }
 )
 """The schedules that have a name, with their default fields."""
@@ -72,6 +76,7 @@ __all__ = [
     "MicroBatched",
     "OneFOneB",
     "Op",
+    "PipeDream",
     "Program",
     "Schedule",
     "Sequential",
@@ -80,6 +85,7 @@ __all__ = [
     "check",
     "dependencies",
     "dependencies_across",
+    "lag",
     "order",
     "placed",
     "resolve",

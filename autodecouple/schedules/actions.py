@@ -58,7 +58,7 @@ class Action:
 
 
 Lane = tuple[Action, ...]
-"""One worker's order within one batch; the next batch runs the same order."""
+"""One worker's order within one batch; the next batch runs the same order, or, with `lag`, the next round."""
 
 
 class Schedule(Protocol):
@@ -77,6 +77,18 @@ class Schedule(Protocol):
     def barrier(self) -> bool: ...
 
     def __call__(self, plan: Plan) -> tuple[Lane, ...]: ...
+
+
+def lag(schedule: Schedule, action: Action, plan: Plan) -> int:
+    """How many batches behind the newest one the batch is that a lane takes this action of.
+
+    0 for all actions of most schedules: a lane runs its order batch after batch. Where a schedule has a method `lag`,
+    each time through its order is a round with one new batch, whose later actions come in later rounds:
+
+        F lag 0, B and U lag 1      F0   F1 B0 U0   F2 B1 U1   ...   B9 U9        rounds, ten batches
+    """
+    found = getattr(schedule, "lag", None)
+    return 0 if found is None else found(action, plan)
 
 
 def dependencies(action: Action, plan: Plan) -> tuple[Action, ...]:
@@ -119,11 +131,14 @@ def dependencies_across(action: Action, plan: Plan, schedule: Schedule) -> tuple
 
         stage 0   F0 L0 B0 U0 F1 L1 B1 U1 F2 ...
         stage 1      F0 L0 B0 U0 F1 L1 B1 U1 ...      kF(t) after kU(t-1), and after k+1F(t - queue_depth)
+
+    Where updates lag behind, it is the newest that its lane has come to: kF(t) after kU(t-1-lag).
     """
     if action.op is not Op.FORWARD:
         return ()
     updated = range(len(plan.stages)) if schedule.barrier else (action.stage,)
-    waits = [(Action(stage, Op.UPDATE), 1) for stage in updated]
+    updates = [Action(stage, Op.UPDATE) for stage in updated]
+    waits = [(update, 1 + lag(schedule, update, plan)) for update in updates]
     if action.stage + 1 < len(plan.stages):
         waits.append((Action(action.stage + 1, Op.FORWARD), schedule.queue_depth))
     return tuple(waits)

@@ -11,7 +11,7 @@ from itertools import chain, pairwise
 
 from autodecouple.errors import ScheduleError
 from autodecouple.plans import Plan
-from autodecouple.schedules.actions import Action, Lane, Op, Schedule, dependencies, expand
+from autodecouple.schedules.actions import Action, Lane, Op, Schedule, dependencies, expand, lag
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,12 @@ class Program:
             action: tuple(chain.from_iterable(map(self.expand, dependencies(action, self.plan))))
             for action in self.actions
         }
+
+    @cached_property
+    def lags(self) -> Mapping[Action, int]:
+        """How many rounds after its batch has come each action is taken; empty where all are at once."""
+        found = {action: lag(self.schedule, action, self.plan) for action in self.actions}
+        return found if any(found.values()) else {}
 
     def expand(self, requirement: Action) -> tuple[Action, ...]:
         """The actions whose completion meets a requirement; remembered."""

@@ -93,16 +93,30 @@ def plan_notes(plan: Plan) -> tuple[str, ...]:
     on_lanes = sum(lane_costs) / max(lane_costs) if max(lane_costs) > 0 else 1.0
     speedup = f"{predicted_speedup(plan)} with a lane per stage"
     if len(plan.lanes) < len(plan.stages):
-        limit = "at most " if any(cut.attached for cut in plan.cuts) else ""
+        limit = "at most " if any(cut.attached for cut in plan.cuts) and not any(plan.staleness) else ""
         speedup += f", {limit}{on_lanes:.2f}x on the {units.count(len(plan.lanes), 'lane')} of this plan"
     balance = f"balance {plan.balance:.2f} (mean stage / slowest stage; 1.00 is perfect)"
     again = ("every stage runs its forward again, as a part of its backward",) if plan.recompute else ()
-    return (balance, speedup, _bottleneck(plan), *_waits(plan), *again)
+    return (balance, speedup, _bottleneck(plan), *_waits(plan), *again, *_stale(plan))
+
+
+def _stale(plan: Plan) -> tuple[str, ...]:
+    """What an asynchronous schedule of coupled stages costs, where there is one."""
+    if not any(plan.staleness):
+        return ()
+    late, kept = ", ".join(map(str, plan.staleness)), ", ".join(str(stage.versions) for stage in plan.stages)
+    more = units.size(sum(stage.stashed_bytes for stage in plan.stages))
+    return (
+        f"asynchronous: by stage, a batch is trained at weights that lack the last {late} updates: not backprop's result",
+        f"for that the stages hold {kept} batches under way and the weights of each: {more} more memory",
+    )
 
 
 def timeline_note(timeline: Timeline) -> str:
     batches = units.count(len({span.batch for span in timeline.spans}), "batch")
-    return f"makespan {units.duration(timeline.makespan)} for {batches}, bubble {units.percent(timeline.bubble)}"
+    late = max(timeline.staleness.values(), default=0)
+    stale = f", weights up to {units.count(late, 'update')} old" if late else ""
+    return f"makespan {units.duration(timeline.makespan)} for {batches}, bubble {units.percent(timeline.bubble)}{stale}"
 
 
 def _speedup(timeline: Timeline) -> str:
@@ -120,8 +134,12 @@ def predicted_speedup(plan: Plan) -> str:
 
 
 def _limit(plan: Plan) -> str:
-    """Coupled stages wait for each other, so that theirs is only a limit; where cuts overlap the waits are counted."""
-    return "" if all(cut.detached for cut in plan.cuts) or _overlaps(plan) else "at most "
+    """Coupled stages wait for each other, unless they train on older weights, so that theirs is only a limit.
+
+    Where cuts overlap the waits are counted.
+    """
+    counted = all(cut.detached for cut in plan.cuts) or _overlaps(plan) or any(plan.staleness)
+    return "" if counted else "at most "
 
 
 def _overlaps(plan: Plan) -> bool:
