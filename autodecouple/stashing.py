@@ -72,9 +72,9 @@ class StashingStage(Stage):
         held.begun = True
         return super().backward(work, micro_batch, gradients, split=split)
 
-    def update(self, work: Work, judge: Work) -> torch.Tensor | None:
+    def update(self, work: Work, *judges: Work) -> torch.Tensor | None:
         try:
-            return super().update(work, judge)
+            return super().update(work, *judges)
         finally:
             self._release(work)
 

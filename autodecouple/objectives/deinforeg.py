@@ -62,8 +62,9 @@ class DeInfoReg:
     max_rows:   positions of a batch that are used, at equal distances; None: all. I compares each with each, so that
                 the limit is SupCon's; a batch of one label per row is used whole
 
-    Where paper and code differ this is the code: equations 3-7 have unnormalised embeddings, 4 lacks the 1/N of V, and
-    5 has 1/N for 1/N^2. As rows have length 1, the deviation is at most about 1/sqrt(D), so V is nearly constant.
+    Source: DeInfoReg, its paper and its released code. Where the two differ this is the code: equations 3-7 have
+    unnormalised embeddings, 4 lacks the 1/N of V, and 5 has 1/N for 1/N^2. As rows have length 1, the deviation is at
+    most about 1/sqrt(D), so V is nearly constant.
     Why these defaults: weights and alpha are the code's (the paper's table 10 favours alpha=0.01). The invariance
     target has rank num_classes - 1, so 512 is wide enough for most label sets and costs a sixteenth of 2048.
     """

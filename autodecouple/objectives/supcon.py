@@ -48,6 +48,7 @@ class SupCon:
     max_rows:    positions of a batch that are compared, at equal distances; None: all. A batch of one label per row is
                  compared whole
 
+    Source: SCPL (CIKM 2023), its paper and its released code, after the contrastive loss of Khosla and others (2020).
     Why these defaults: "code" is what the published accuracies were measured with. The paper flattens into 512-1024;
     pooling to 2x2 and 128 outputs keep the head small against early stages. Wants large batches: a class needs two
     rows to give a loss. The similarities of 1021 rows take 4 MB, those of all positions of eight 64x64 maps 4 GB; and

@@ -1,0 +1,419 @@
+"""Conformance of every objective in the registry: its formula, isolation, streaming, the last stage, wrong targets.
+
+These tests run over `autodecouple.objectives.OBJECTIVES`: one that is added is among them by its name, and fails until
+`formulas.FORMULAS` says what it should compute. What only one objective has is tested beside it:
+
+    normalisations of SCPL, modes of DeInfoReg and the bounds of its V, on heads alone    test_objectives
+    Associated Learning's way back to the classes, and which term trains what             test_associated
+    labels per token and position, rows that do not count                                 test_dense_objectives, test_rows
+    networks and decoders of heads on any shape    test_predsim, test_dgl, test_infonce, test_infopro, test_downstream
+    coupled stages beside backprop                                                        test_streaming, test_coupled
+    every executor under every schedule                                                   test_matrix
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import BLOCKS, CLASSES, FAMILIES, ByHand, batch, captured, compiled, exact_batch
+from formulas import FORMULAS, Given, layers, pooled, under
+from graph_strategies import Program, programs
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+from training_tools import assert_same, delays, make_batches, sgd, train
+from training_tools import compiled as compiled_cnn
+
+import autodecouple
+from autodecouple.errors import AutodecoupleError, InputError, PartitionError
+from autodecouple.objectives import (
+    DGL,
+    OBJECTIVES,
+    Associated,
+    Auto,
+    Backprop,
+    DeInfoReg,
+    Downstream,
+    EarlyExit,
+    InfoPro,
+    PredSim,
+    SupCon,
+)
+from autodecouple.passes.capturing.bind import bind
+from autodecouple.plans import Plan, TensorSpec
+from autodecouple.randomness import Randomness
+from autodecouple.schedules import Sequential, Streaming
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore:.*had no two rows of one class")
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = list(OBJECTIVES)
+LOCAL = [name for name in NAMES if name != Backprop.name]
+VARIANTS: dict[str, Any] = {
+    "supcon eq2": SupCon(normalisation="eq2"),
+    "supcon alg1": SupCon(normalisation="alg1", temperature=0.5, projector="linear"),
+    "deinforeg unmerge": DeInfoReg(ce="unmerge", alpha=0.5, projector="mlp", widths=(8, 6)),
+    "deinforeg paper": DeInfoReg(ce="paper", alpha=0.5, projector="mlp", widths=(8, 6)),
+    "early_exit linear": EarlyExit(hidden=None),
+    "predsim half": PredSim(beta=0.5),
+    "dgl mlp": DGL("mlp", width=7),
+    "dgl cnn": DGL("cnn"),
+    "infopro ce": InfoPro(EarlyExit(), reconstruction=(1.0, 0.5)),
+    "associated mse": Associated(width=5, reconstruction="mse", activation="sigmoid"),
+    "downstream all": Downstream(blocks=3, budget=None),
+    "auto poor": Auto(budget=1e-9),
+    "mixed": ["associated", "supcon", "associated"],
+    "coupled": ["infopro", "bp", "early_exit"],
+}
+"""Other choices of objectives, and objectives beside each other."""
+CASES = [*itertools.product(FAMILIES, NAMES), *itertools.product(FAMILIES, VARIANTS)]
+QUICK = {(family, name) for index, family in enumerate(FAMILIES) for name in NAMES[index :: len(FAMILIES)]}
+
+
+def slow_but(quick: Any, cases: Sequence[Any]) -> list[Any]:
+    return [pytest.param(*case, marks=() if case in quick else pytest.mark.slow) for case in cases]
+
+
+def loss_of(name: str) -> Any:
+    return VARIANTS.get(name, name)
+
+
+# 1. The formula of every stage: loss and gradient
+
+
+def test_every_objective_has_its_formula() -> None:
+    """Whoever adds an objective writes its paper's formula into formulas.py; all below then holds it to that."""
+    assert set(NAMES) - {"auto", "bp"} == set(FORMULAS), "add the new objective to tests/formulas.py: FORMULAS"
+
+
+def told_by_plan(loss: Any, plan: Plan) -> list[Any]:
+    """The objective of each hidden stage; what `auto` chose is in the plan."""
+    asked = list(loss) if isinstance(loss, list) else [loss] * len(plan.cuts)
+    chosen = [stage.objective for stage in plan.stages]
+    return [
+        OBJECTIVES[name]() if isinstance(each, str) or each.name == "auto" else each
+        for each, name in zip(asked, chosen, strict=False)
+    ]
+
+
+def losses_by_hand(
+    model: ByHand,
+    objectives: list[Any],
+    heads: list[dict[str, Tensor]],
+    x: Tensor,
+    y: Tensor,
+    criterion: Any = F.cross_entropy,
+) -> list[Tensor | None]:
+    """Stage after stage with the user's own modules; what crosses is cut free, but where the objective is backprop."""
+    h, told, losses = x, None, list[Tensor | None]()
+    for index, (objective, weights) in enumerate(zip(objectives, heads, strict=True)):
+        h = model.block(BLOCKS[model.family][index], h, x)
+        if objective.name == Backprop.name:
+            losses.append(None)
+            continue
+        depth = index / (len(objectives) - 1)
+        mine = Given(h, model.mask(x), y, x, depth, told if objective.encodes else None, model, criterion)
+        loss, code = FORMULAS[objective.name](objective, weights, mine)
+        told = code if objective.encodes else told
+        losses.append(loss)
+        h = h.detach()
+    h = model.block(BLOCKS[model.family][-1], h, x)
+    return [*losses, criterion(model.end(h, x), y)]
+
+
+def descend(parameters: list[Tensor], losses: list[Tensor | None], rate: float) -> None:
+    total = sum(loss for loss in losses if loss is not None)
+    assert isinstance(total, Tensor)
+    gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+    with torch.no_grad():
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                parameter -= rate * gradient
+
+
+def heads_of(decoupled: Any) -> list[dict[str, Tensor]]:
+    """Copies of the heads' weights, one stage after the other."""
+    heads = [stage.code.head for stage in decoupled.stages[:-1]]
+    return [{} if head is None else {n: p.detach().clone() for n, p in head.named_parameters()} for head in heads]
+
+
+def check_formula(family: str, loss: Any, batches: list[tuple[Tensor, Tensor]], criterion: Any = None) -> None:
+    """Steps of plain gradient descent: losses and all weights, of the model and of heads, are those of the formulas."""
+    rate, options = 0.05, {} if criterion is None else {"criterion": criterion, "example_target": batches[0][1]}
+
+    def descent(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(params, lr=rate)
+
+    with compiled(family, loss, exact=True, optimizer=descent, **options) as decoupled:
+        mine = ByHand(family, copy.deepcopy(decoupled.model).train())
+        objectives = told_by_plan(loss, decoupled.plan)
+        heads = [{n: w.requires_grad_() for n, w in head.items()} for head in heads_of(decoupled)]
+        parameters = [*mine.model.parameters(), *(w for head in heads for w in head.values())]
+        for x, y in batches:
+            found = decoupled.train_step(x, y).losses
+            expected = losses_by_hand(mine, objectives, heads, x, y, criterion or F.cross_entropy)
+            for one, other in zip(found, expected, strict=True):
+                assert one == (other if other is None else pytest.approx(other.item(), rel=1e-10, abs=1e-10))
+            descend(parameters, expected, rate)
+        for mine_, theirs in zip(mine.model.parameters(), decoupled.model.parameters(), strict=True):
+            torch.testing.assert_close(theirs, mine_, rtol=1e-10, atol=1e-10)
+        for index, (head, theirs) in enumerate(zip(heads, heads_of(decoupled), strict=True)):
+            for part, value in theirs.items():
+                note = functools.partial("{2} of head {0}: {1}".format, index, part)
+                torch.testing.assert_close(value, head[part].detach(), rtol=1e-10, atol=1e-10, msg=note)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("family, name", slow_but(QUICK, CASES))
+@settings(max_examples=3, deadline=None)
+@given(rows=st.lists(st.integers(2, 9), min_size=2, max_size=2), seed=st.integers(0, 2**16))
+def test_every_stage_is_trained_by_the_formula(family: str, name: str, rows: list[int], seed: int) -> None:
+    """To 1e-10 in float64, on any batches."""
+    batches = [exact_batch(family, count, seed + index) for index, count in enumerate(rows)]
+    check_formula(family, loss_of(name), batches)
+
+
+def smoothed(scores: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy with weights of the classes and smoothing, from its definition."""
+    weights, smoothing = torch.tensor([0.5, 1.0, 2.0, 1.0], dtype=scores.dtype), 0.2
+    surprise = -scores.log_softmax(1)
+    own = (weights[labels] * surprise[torch.arange(len(labels)), labels]).sum()
+    every = (weights * surprise).sum() / CLASSES
+    return ((1 - smoothing) * own + smoothing * every) / weights[labels].sum()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_criterion_is_the_users(family: str, name: str) -> None:
+    """On the last stage, in the heads that ask for it, and nowhere else: torch's beside its definition."""
+    batches = [exact_batch(family, 7, seed) for seed in range(2)]
+    check_formula(family, name, batches, smoothed)
+    weights = torch.tensor([0.5, 1.0, 2.0, 1.0], dtype=torch.float64)
+    with (
+        compiled(family, name, exact=True, criterion=nn.CrossEntropyLoss(weights, label_smoothing=0.2)) as torchs,
+        compiled(family, name, exact=True, criterion=smoothed) as defined,
+    ):
+        assert torchs.train_step(*batches[0]).losses == pytest.approx(defined.train_step(*batches[0]).losses, rel=1e-10)
+
+
+@pytest.mark.parametrize("name", ["downstream", "auto", "infonce", "bp"])
+def test_targets_may_be_numbers_where_no_head_compares_classes(name: str) -> None:
+    """The squared error of the scores, in place of their cross-entropy."""
+    batches = [(exact_batch("cnn", rows, rows)[0], torch.randn(rows, CLASSES).double()) for rows in (6, 4)]
+    check_formula("cnn", name, batches, lambda scores, numbers: (scores - numbers).square().mean())
+
+
+def test_two_views_of_rows_of_their_own_classes_are_simclrs_batch() -> None:
+    """SupCon of N rows in two views, all of other classes, is NT-Xent of these views; the code takes half of it."""
+    first, second = (exact_batch("cnn", 5, seed)[0].flatten(1)[:, :6] for seed in (0, 1))
+    z, y = F.normalize(torch.cat([first, second])), torch.arange(5).repeat(2)
+    scores = (z @ z.T / 0.1).fill_diagonal_(-math.inf)
+    nt_xent = F.cross_entropy(scores, torch.arange(10).roll(5))
+    features, labels = TensorSpec("h", (10, 6), "float64"), TensorSpec("target", (10,), "int64")
+    for how, factor in (("code", 0.5), ("eq2", 10.0), ("alg1", 0.05)):
+        head = SupCon(normalisation=how, projector="identity").head(features, labels)
+        torch.testing.assert_close(head(torch.cat([first, second]), y)[0], factor * nt_xent, rtol=1e-10, atol=1e-10)
+
+
+# 2. No loss reaches another stage
+
+
+def stages_of_losses(plan: Plan) -> dict[int, set[int]]:
+    """Of every stage that has a loss, the stages that it trains: its own, and those that are coupled to it."""
+    found, group = dict[int, set[int]](), set[int]()
+    for stage in range(len(plan.stages)):
+        group = {*group, stage}
+        if not plan.coupled_after(stage):
+            found[stage], group = group, set()
+    return found
+
+
+def trained_by_backprop(program: Program) -> set[str]:
+    model = program.model()
+    F.cross_entropy(program.call(model), torch.arange(4) % 3).backward()
+    return {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def check_isolation(program: Program, decoupled: Any, trained: set[str]) -> None:
+    """Each loss reaches the parameters of its stage, all of them, its head's, and no others: by autograd."""
+    inputs, y = bind(decoupled.graph, program.inputs()), torch.arange(4) % 3
+    losses, _ = decoupled._compiled.module(*inputs, y, Randomness(0))
+    codes, allowed = decoupled._compiled.codes, stages_of_losses(decoupled.plan)
+    names = {id(p): name for name, p in decoupled.model.named_parameters()}
+    bodies = [{names[id(p)] for p in code.body.parameters() if p.requires_grad} & trained for code in codes]
+    heads = [list(code.head.parameters()) if code.head is not None else [] for code in codes]
+    model = [p for p in decoupled.model.parameters() if p.requires_grad]
+    for loss, (index, stages) in zip(losses, allowed.items(), strict=True):
+        found = torch.autograd.grad(loss, model, retain_graph=True, allow_unused=True)
+        reached = {names[id(p)] for p, gradient in zip(model, found, strict=True) if gradient is not None}
+        assert reached == set().union(*(bodies[stage] for stage in stages)), index
+        for stage, parameters in enumerate(heads):
+            if parameters:
+                found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+                assert all((gradient is not None) == (stage == index) for gradient in found), (index, stage)
+    assert set().union(*bodies) == trained
+
+
+def check_every_objective_isolated(program: Program, n_stages: int, mixed: list[str]) -> int:
+    """One capture, each objective alone and some beside each other; how many could be compiled."""
+    trained, count = trained_by_backprop(program), 0
+    graph = autodecouple.capture(program.model(), program.inputs())
+    for loss in (*NAMES, mixed[: n_stages - 1]):
+        options: dict[str, Any] = {"devices": ["cpu"], "executor": "inline"}
+        try:
+            decoupled = autodecouple.compile(graph, n_stages, loss, **options)
+        except (InputError, PartitionError):  # too few cuts, or, of InfoNCE, none with positions
+            continue
+        with decoupled:
+            check_isolation(program, decoupled, trained)
+        count += 1
+    return count
+
+
+SWEEP: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+GRAPHS = {
+    "program": programs(min_steps=3, outputs=("tensor",)),
+    "n_stages": st.integers(2, 4),
+    "mixed": st.lists(st.sampled_from(NAMES), min_size=3, max_size=3),
+}
+
+
+@pytest.mark.timeout(120)
+@settings(max_examples=3, **SWEEP)
+@given(**GRAPHS)
+def test_no_loss_reaches_another_stage(program: Program, n_stages: int, mixed: list[str]) -> None:
+    check_every_objective_isolated(program, n_stages, mixed)
+
+
+@pytest.mark.slow
+@settings(max_examples=40, **SWEEP)
+@given(**GRAPHS)
+def test_no_loss_reaches_another_stage_of_many(program: Program, n_stages: int, mixed: list[str]) -> None:
+    check_every_objective_isolated(program, n_stages, mixed)
+
+
+# 3. Streaming equals sequential
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("depth", range(1, 9))
+@pytest.mark.parametrize("name", NAMES)
+def test_streaming_equals_sequential_at_every_depth(name: str, depth: int) -> None:
+    """To the last bit, with dropout, BatchNorm, late stages, and whatever torch's default generator draws meanwhile;
+    test_streaming draws lists of objectives beside each other."""
+    batches = make_batches("dropout", [6, 6, 6, 4, 6, 2])
+    torch.manual_seed(1)
+    expected = train(compiled_cnn("dropout", 4, name, lanes=1, schedule=Sequential(), optimizer=sgd), batches)
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    with delays(depth):
+        streamed = compiled_cnn("dropout", 4, name, schedule=Streaming(queue_depth=depth), optimizer=sgd)
+        assert_same(train(streamed, batches), expected)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# 4. The last stage
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_a_detached_classifier_gives_the_last_stage_nothing(name: str) -> None:
+    """SCPL's last stage has a loss of its own; the classifier, on detached features, is one more unit."""
+    with compiled("cnn", name, cut_at=(), detach_classifier=True) as decoupled:
+        plan, codes = decoupled.plan, decoupled._compiled.codes
+        assert plan.stages[-1].nodes == ("linear",) and plan.cuts[-1].detached
+        losses, _ = decoupled._compiled.module(*batch("cnn", 6, 0), Randomness(0))
+        parameters = list(decoupled.model.parameters())
+        found = torch.autograd.grad(losses[-1], parameters, allow_unused=True, retain_graph=True)
+        reached = {id(p) for p, gradient in zip(parameters, found, strict=True) if gradient is not None}
+        assert reached == {id(p) for p in codes[-1].body.parameters()}
+        assert {id(p) for p in codes[-2].body.parameters()}.isdisjoint(reached)
+
+
+# 5. Associated Learning's inference
+
+
+@pytest.mark.parametrize("family", ["transformer", *(pytest.param(f, marks=pytest.mark.slow) for f in ("cnn", "lstm"))])
+@pytest.mark.parametrize("stage", [0, 2])
+def test_associated_learning_answers_by_the_way_back(family: str, stage: int) -> None:
+    """h_1(... h_k(b_k(f_k(... f_1(x))))), of which the last gives the paper's inference, an earlier one a shortcut."""
+    with compiled(family, Associated(width=6), exact=True) as decoupled, torch.no_grad():
+        x, y = exact_batch(family, 6, 1)
+        decoupled.train_step(x, y)
+        found = decoupled.exits.predict(x, stage)
+        mine, heads, h = ByHand(family, copy.deepcopy(decoupled.model).eval()), heads_of(decoupled), x
+        for name in BLOCKS[family][: stage + 1]:
+            h = mine.block(name, h, x)
+        code = layers(under("bridge.", heads[stage]), pooled(h, mine.mask(x)), torch.tanh).tanh()
+        for level in range(stage, -1, -1):
+            code = layers(under("decoder.", heads[level]), code, torch.tanh)
+            code = code.tanh() if level else code
+        torch.testing.assert_close(found, code, rtol=1e-10, atol=1e-10)
+
+
+# What a user sees
+
+
+WRONG: dict[str, tuple[Any, str]] = {
+    "floats": (torch.rand(6), "int64 class indices.*target.long"),
+    "small integers": (torch.arange(6, dtype=torch.int32) % CLASSES, "int64 class indices.*target.long"),
+    "bits": (torch.ones(6, dtype=torch.bool), "int64 class indices.*target.long"),
+    "one-hot": (torch.eye(6), r"\(6, 6\)"),
+    "another number of rows": (torch.arange(5) % CLASSES, "6 rows"),
+    "no rows": (torch.tensor(1), r"shape \(\)"),
+    "another class": (torch.tensor([0, 1, 2, 3, 4, 0]), "class 4, .* has 4 classes"),
+    "a class below zero": (torch.tensor([0, 1, 2, 3, -1, 0]), "class -1"),
+    "a list": ([0, 1, 2, 3, 0, 1], "is list"),
+    "nothing": (None, "target is missing"),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_targets_that_do_not_fit_are_refused_before_anything_runs(name: str) -> None:
+    x, y = batch("cnn", 6, 0)
+    with compiled("cnn", name, optimizer=sgd) as decoupled:
+        before = copy.deepcopy(decoupled.state_dict())
+        for kind, (target, said) in WRONG.items():
+            with pytest.raises(InputError, match=said):
+                decoupled.train_step(x, target)
+            assert_same(decoupled.state_dict(), before, kind)
+        assert decoupled.train_step(x, y).losses
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_example_target_that_no_head_can_compare_with_is_refused_when_compiling(name: str) -> None:
+    """Where there is a criterion for numbers, by the objectives that need classes; the others take it."""
+    x, numbers = batch("cnn", 6, 0)[0], torch.rand(6, CLASSES)
+    graph, _ = captured("cnn")
+    options: dict[str, Any] = {"example_target": numbers, "criterion": F.mse_loss, "devices": ["cpu"]}
+    takes = name in ("downstream", "auto", "infonce", "bp")
+    try:
+        with autodecouple.compile(graph, 4, name, example_inputs=(x,), **options) as decoupled:
+            assert takes and decoupled.train_step(x, numbers).losses
+    except AutodecoupleError as error:
+        assert not takes and isinstance(error, InputError), error
+        assert f"{name!r} needs targets that are int64 class indices" in str(error)
+        assert 'loss="bp"' in str(error)
+
+
+def test_the_users_guide_has_every_objective() -> None:
+    """A row of README.md's table, a name in its example of an error, and a source in the objective's own words."""
+    text = (ROOT / "README.md").read_text()
+    rows = [line.split("`")[1] for line in text.split("## Methods")[1].split("\n## ")[0].splitlines() if "| `" in line]
+    assert rows[: len(NAMES)] == NAMES
+    with pytest.raises(InputError) as refused:
+        autodecouple.compile(nn.Linear(2, 2), 2, "supcom")
+    assert f"InputError: {refused.value} CutError" in " ".join(text.split())
+    for name, make in OBJECTIVES.items():
+        told = type(make()).__doc__ or ""
+        assert "Source: " in told or name in ("auto", "bp"), f"{name}: say in its docstring where it is from"
