@@ -1,0 +1,1 @@
+"""Test accuracy of local objectives beside backprop."""
