@@ -13,7 +13,8 @@ def periods(plan: Plan) -> tuple[float, ...]:
         stage k     F L B . . . W U F L B . . . W U        F + (F L B of the next, or its own L B) + W U
         stage k+1     . F L B . . . W U F L B              and so beside any cut that couples a stage to such a one
 
-    Where no cut overlaps, coupled stages count as if they did not wait: how much they do is up to the schedule.
+    Where no cut overlaps, coupled stages count as if they did not wait: how much they do is up to the schedule. Waits
+    for signals that other heads encode are not counted.
     """
     if not any(cut.overlaps for cut in plan.cuts):
         return plan.costs
@@ -42,6 +43,7 @@ def _work(plan: Plan, index: int) -> tuple[float, float, float, float]:
         forward, loss, backward = (
             flops / stage.speed for flops in (stage.forward_flops, stage.head_flops, stage.backward_flops)
         )
+    loss = 0.0 if plan.coupled_after(index) else loss
     later = (1 - stage.returning) * backward if plan.splits_backward(index) else 0.0
     update = stage.update_seconds if plan.is_timed else 0.0
     return forward, loss, backward - later, later + update

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import time
 from collections import defaultdict
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from plan_strategies import make_plan, plans
 from torch import Tensor, nn
@@ -292,11 +293,11 @@ def test_schedules_of_backpropagation_refuse_overlapping_cuts(schedule: Schedule
 
 
 @given(plans(one_stage_per_lane=True))
-@settings(max_examples=100)
+@settings(max_examples=40)
 def test_streaming_tends_to_the_speedup_that_the_plan_says(plan: Plan) -> None:
-    """By the simulator, which knows nothing of `periods`; where no cut overlaps that is for other tests."""
-    if not any(cut.overlaps for cut in plan.cuts):
-        return
+    """By the simulator, which knows nothing of `periods`; but for waits for encoded signals, which LoCo has none of."""
+    assume(any(cut.overlaps for cut in plan.cuts))
+    plan = dataclasses.replace(plan, cuts=tuple(dataclasses.replace(cut, encodes=False) for cut in plan.cuts))
     cost = FlopCost(plan, flops_per_second=1.0)
     short, long = (simulator.run(plan, Streaming(), cost, count).makespan for count in (40, 60))
     assert (long - short) / 20 == pytest.approx(max(periods(plan)), rel=0.02)
