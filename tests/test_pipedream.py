@@ -206,6 +206,20 @@ def test_the_command_line_says_it(tmp_path: Path) -> None:
     assert found.exit_code == 0 and "lack the last 2, 1, 0 updates" in found.output
 
 
+def test_a_plan_is_what_the_schedule_in_force_makes_of_it() -> None:
+    """Of a plan that is given back only cuts and lanes count; another number of stages is as stale as that number."""
+    with compiled("plain", 4, "bp", schedule="pipedream", executor="inline") as decoupled:
+        for x, y in make_batches("plain", [8] * 6):
+            decoupled.train_step(x, y)
+        given = Plan.from_json(decoupled.plan.to_json())
+        assert decoupled.replan(3).staleness == (2, 1, 0)
+        decoupled.train_step(x, y)
+        decoupled.to("cpu").train_step(x, y)
+    with compiled("plain", 4, "bp", plan=given, schedule="1f1b") as decoupled:
+        assert decoupled.plan.staleness == (0, 0, 0, 0)
+        assert not any(isinstance(stage, StashingStage) for stage in decoupled.stages)
+
+
 # --- weights -------------------------------------------------------------------------------------------------------
 
 
