@@ -7,7 +7,8 @@ taken at the weights that the batch went forward with, and belongs to the parame
     stage 0 of 3   F0 F1 F2 B0 U0 F3 B1 U1 F4 B2 U2 ...
     copy           v0 v0 v0 v0    v1 v0    v2 v0          v1 is there from F3 until B3; a batch is K-1-k updates late
 
-Buffers (the statistics of BatchNorm, counters) have one version: each forward goes on from the one before.
+Buffers (the statistics of BatchNorm, counters) have one version: each forward goes on from the one before. Random
+numbers are the batch's own, as everywhere.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ Weights = dict[str, torch.Tensor]
 
 @dataclass(eq=False)
 class _Held:
-    """A batch under way, and the weights that it went forward with."""
+    """A batch under way, the how many-th it was to begin, and the weights that it went forward with."""
 
+    number: int
     work: Work
     weights: Weights
     begun: bool = False
@@ -59,7 +61,7 @@ class StashingStage(Stage):
 
     def forward(self, work: Work, micro_batch: int, received: Values, randomness: Randomness) -> Values:
         self._in_force = self._current()
-        self._held.append(_Held(work, self._in_force))
+        self._held.append(_Held(self._held[-1].number + 1 if self._held else 0, work, self._in_force))
         return super().forward(work, micro_batch, received, randomness)
 
     def backward(
@@ -72,30 +74,23 @@ class StashingStage(Stage):
         held.begun = True
         return super().backward(work, micro_batch, gradients, split=split)
 
-    def update(self, work: Work, *judges: Work) -> torch.Tensor | None:
-        try:
-            return super().update(work, *judges)
-        finally:
-            self._release(work)
-
     def discard(self, work: Work) -> None:
         """Forget a batch: buffers as before its forward, for the younger ones under way, too."""
         work.passages.clear()
         held, before = self._find(work), work.before
+        self._release(work)
         if held is None or before is None:
             return
         for buffer, value in zip(self.buffers, before.buffers, strict=True):
             buffer.data.copy_(value)  # backwards of other batches may still read the buffer: their own value or none
-        younger = self._held[self._held.index(held) + 1 :]
-        for other in younger:
-            if other.work.before is not None:
+        for other in self._held:
+            if other.number > held.number and other.work.before is not None:
                 other.work.before = dataclasses.replace(other.work.before, buffers=before.buffers)
         if held.begun:
             gradients = before.gradients or [None] * len(self.parameters)
             for parameter, gradient in zip(self.parameters, gradients, strict=True):
                 parameter.grad = gradient
         work.before = None
-        self._release(work)
 
     def _set_aside(self) -> Before:
         """Of a forward: gradients are set aside later, since those of older batches come in between."""
@@ -107,6 +102,10 @@ class StashingStage(Stage):
         for parameter in self.parameters:
             parameter.grad = None
         return gradients
+
+    def _step(self, work: Work) -> None:
+        super()._step(work)
+        self._release(work)
 
     def _descend(self, optimizer: Optimizer) -> None:
         super()._descend(optimizer)

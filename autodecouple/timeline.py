@@ -76,7 +76,9 @@ class Timeline:
             elif span.action.op is Op.UPDATE and span.batch in begun[span.action.stage]:
                 updated[span.action.stage].append(span.stop)
         return {
-            stage: max(count - bisect.bisect(updated[stage], start) for count, start in enumerate(begun[stage].values()))
+            stage: max(
+                count - bisect.bisect(updated[stage], start) for count, start in enumerate(begun[stage].values())
+            )
             for stage in sorted(begun)
             if begun[stage]
         }

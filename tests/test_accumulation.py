@@ -122,3 +122,47 @@ def test_a_new_layer_may_have_an_input_of_its_own(n_stages: int) -> None:
     assert_same(states[0], states[1])
     assert_same({name: states[0][f"known.{name}"] for name in before}, before)
     assert not torch.equal(states[0]["embed.weight"], initial.embed.weight)
+
+
+class SideTokens(nn.Module):
+    """As DeInfoReg's `*_side` networks: a trained layer, and new ones on a sequence that new tokens have made longer.
+
+    The trained layer reads in both directions; its halves and the embeddings of the new tokens stand one after the
+    other in time.
+    """
+
+    def __init__(self, known: nn.Module) -> None:
+        super().__init__()
+        self.known = known
+        self.embed = nn.Embedding(9, 4)
+        self.layers = nn.ModuleList(nn.LSTM(4, 4, batch_first=True) for _ in range(2))
+        self.last = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        ahead, back = self.known(x)[0].chunk(2, -1)
+        h = torch.cat([ahead, back, self.embed(tokens)], 1)
+        for layer in self.layers:
+            h = layer(h)[0]
+        y: Tensor = self.last(h.mean(1))
+        return y
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60)
+def test_new_tokens_may_stand_beside_what_frozen_layers_give() -> None:
+    """Two stages: the first has what is frozen, the side input and a new layer; streaming equals sequential."""
+    torch.manual_seed(0)
+    known = frozen(nn.LSTM(5, 4, batch_first=True, bidirectional=True))
+    initial = SideTokens(known)
+    x, tokens, y = torch.randn(6, 7, 5), torch.randint(9, (6, 3)), torch.arange(6) % 3
+    states = []
+    for schedule in ("sequential", "streaming"):
+        model = copy.deepcopy(initial)
+        with compiled(model, 2, (x, tokens), schedule=schedule, cut_at=["layers.0"]) as decoupled:
+            for i in range(5):
+                decoupled.train_step((x + i, tokens), y)
+            states.append(copy.deepcopy(decoupled.model.state_dict()))
+    assert_same(states[0], states[1])
+    assert_same({name: states[0][f"known.{name}"] for name in known.state_dict()}, known.state_dict())
+    for name in ("embed.weight", "layers.0.weight_ih_l0", "layers.1.weight_ih_l0"):
+        assert not torch.equal(states[0][name], initial.state_dict()[name])

@@ -135,6 +135,7 @@ def test_options_reach_the_compiler(api: FakeApi) -> None:
         "mode": "eval",
         "tied": "untie",
         "dynamic": (1, 2),
+        "schedule": "streaming",
     }
 
 

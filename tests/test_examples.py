@@ -110,7 +110,7 @@ def test_the_readmes_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     names: dict[str, object] = {}
     for block in blocks:
         exec(block, names)  # the README is ours
-    assert len(blocks) == 7 and names["model"] is names["decoupled"].model  # type: ignore[attr-defined]
+    assert len(blocks) == 8 and names["model"] is names["decoupled"].model  # type: ignore[attr-defined]
 
 
 def test_the_readmes_output_is_what_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:

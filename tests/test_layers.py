@@ -19,7 +19,7 @@ LAYERS: tuple[set[str], ...] = (
     {"plans", "timeline", "schedules", "devices", "waits"},
     {"simulator", "cost", "view"},
     {"graph", "objectives", "passes", "randomness", "shards", "signals", "synced", "two_views"},
-    {"halves", "hops", "replication", "stage", "stage_state", "work"},
+    {"halves", "hops", "replication", "stage", "stage_state", "stashing", "work"},
     {"backends"},
     {"executors"},
     {"options", "pipeline", "optimizers", "states", "flat", "replanning", "walk", "exits"},

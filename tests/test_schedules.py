@@ -20,6 +20,7 @@ from autodecouple.schedules import (
     MicroBatched,
     OneFOneB,
     Op,
+    PipeDream,
     Program,
     Schedule,
     Sequential,
@@ -48,7 +49,10 @@ def spelled(lanes: tuple[Lane, ...]) -> list[str]:
 def schedules_on_plans(draw: st.DrawFn) -> tuple[Schedule, Plan]:
     """A schedule with random fields, and a plan that suits it."""
     micro, depth, barrier = draw(st.integers(1, 5)), draw(st.integers(1, 3)), draw(st.booleans())
-    kind = draw(st.sampled_from([Sequential, Streaming, MicroBatched, GPipe, OneFOneB, Interleaved, ZeroBubble]))
+    kinds = [Sequential, Streaming, MicroBatched, GPipe, OneFOneB, Interleaved, ZeroBubble, PipeDream]
+    kind = draw(st.sampled_from(kinds))
+    if kind is PipeDream:
+        return PipeDream(depth), draw(plans(detached=False))
     fields = {"queue_depth": depth, "barrier": barrier}
     schedule = kind(**fields) if kind is Streaming else kind(num_micro_batches=micro, **fields)
     if kind in (Interleaved, ZeroBubble):
@@ -229,7 +233,7 @@ def test_order_alone_finds_a_deadlock():
         order((lane("0F0 0B0 0L 0U"),), make_plan([0]))
 
 
-@pytest.mark.parametrize("schedule", [GPipe(), OneFOneB()])
+@pytest.mark.parametrize("schedule", [GPipe(), OneFOneB(), PipeDream()])
 def test_schedules_of_backpropagation_refuse_detached_cuts_and_say_the_way_out(schedule: Schedule):
     with pytest.raises(ScheduleError, match=r'between stages 1 and 2 .*"micro_batched".*loss="bp"'):
         schedule(make_plan([0, 1, 2], detached=[False, True]))
@@ -242,7 +246,7 @@ def test_micro_batches_are_a_whole_number_from_one(kind: Callable[..., Schedule]
         kind(num_micro_batches=value)
 
 
-@pytest.mark.parametrize("kind", [Sequential, Streaming, MicroBatched, GPipe, OneFOneB])
+@pytest.mark.parametrize("kind", [Sequential, Streaming, MicroBatched, GPipe, OneFOneB, PipeDream])
 def test_a_queue_holds_at_least_one_batch(kind: Callable[..., Schedule]):
     with pytest.raises(ScheduleError, match="queue_depth=0"):
         kind(queue_depth=0)
@@ -262,7 +266,7 @@ def test_a_program_refuses_a_schedule_whose_lanes_hold_another_number_of_micro_b
 
 
 def test_every_name_resolves_to_a_schedule_that_runs_on_some_plan():
-    coupled = ["gpipe", "1f1b", "interleaved", "zero_bubble"]
+    coupled = ["gpipe", "1f1b", "interleaved", "zero_bubble", "pipedream"]
     assert list(SCHEDULES) == ["sequential", "streaming", "barrier", "micro_batched", *coupled]
     for name in SCHEDULES:
         plan = COUPLED if name in coupled else CHAIN

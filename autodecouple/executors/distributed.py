@@ -79,7 +79,7 @@ class Distributed:
         self._replicas: Replicas | None = None
         self._peers = Peers(world, grid, program, self._lose)
         feeder = None if lane == 0 else lane - 1
-        walk = Pipelining() if suits(program.plan) else in_order
+        walk = Pipelining() if suits(program.plan) and not program.lags else in_order
         self._lane = LaneRunner(lane, stages, program, self._links, feeder, self._recorder, walk)
         writers = tuple(grid.ranks[stage.lane][0] for stage in program.plan.stages)
         store = PrefixStore("checkpoints", world.store.clone())
@@ -130,16 +130,19 @@ class Distributed:
     def submit(self, job: Job) -> None:
         """Train this rank's stages on a batch; on other ranks than 0, on the next one that comes."""
         with self._guarded():
+            ended: Job | None = job
             try:
                 self._check()
                 self._is_current = False
                 if self._replicas is not None and self.feeds:
                     count = job.program.schedule.num_micro_batches
                     job.share(self._replicas.meet(job.index, job.rows, count))
-                self._lane.run(job)
+                ended = self._lane.run(job)
                 self._batches = job.index + 1
             finally:
-                job.finish()
+                job.known.set()
+                if ended is not None:
+                    ended.finish()
 
     def synchronize(self) -> None:
         with self._guarded():
@@ -147,10 +150,14 @@ class Distributed:
             self._lane.synchronize()
 
     def _meet(self, purpose: str) -> None:
-        """Wait until every rank has come here: a pipeline's lanes wait for its first, which waits for its replicas."""
+        """Wait until every rank has come here: a pipeline's lanes wait for its first, which waits for its replicas.
+
+        Then each ends the batches that are in flight in its lane.
+        """
         if self._replicas is not None and self.feeds:
             self._replicas.wait(self._batches)
         self._lane.meet(self._batches, purpose)
+        self._lane.drain()
 
     def gather(self) -> None:
         """Every rank gets the weights, buffers and training states of all stages; cheap where it has them.

@@ -1,8 +1,8 @@
 """The batches that a lane has begun and not ended: one, or several where a schedule lets actions lag behind.
 
-    round        0       1       2            3            4 and 5: no new batch, the stream is waited for
-    lane 0       F0      F1      F2 B0 U0     F3 B1 U1     B2 U2    B3 U3
-    in flight    0       0 1     0 1 2        1 2 3        2 3      3
+round        0       1       2            3            4 and 5: no new batch, the stream is waited for
+lane 0       F0      F1      F2 B0 U0     F3 B1 U1     B2 U2    B3 U3
+in flight    0       0 1     0 1 2        1 2 3        2 3      3
 """
 
 from __future__ import annotations

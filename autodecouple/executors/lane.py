@@ -6,9 +6,9 @@ lane 1            +--> F0 L B U
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from autodecouple.errors import InputError, PeerError
 from autodecouple.executors.executor import Programs, Recorder, stages_of_lane
+from autodecouple.executors.in_flight import InFlight
 from autodecouple.executors.job import Job, Key
 from autodecouple.executors.transport import CpuQueue, Parcel, check_unchanged, make_queues, pack
 from autodecouple.executors.wire import Message
@@ -86,6 +87,7 @@ class LaneRunner:
         self._home = {action.stage: index for index, actions in enumerate(program.lanes) for action in actions}
         self._num_lanes = len(program.lanes)
         self._queues = make_queues(self.own)
+        self._in_flight = InFlight(program, lane)
         self._peeked: Message | None = None
         self._kept: dict[tuple[int, int, Key], Message] = {}
 
@@ -97,23 +99,47 @@ class LaneRunner:
         self._peeked = self._links.receive(self._feeder)
         return self._peeked.batch
 
-    def run(self, job: Job) -> None:
-        """Train the lane's stages on a batch; on an error they are as they were before it, as far as not updated."""
-        try:
+    def run(self, job: Job) -> Job | None:
+        """Train the lane's stages on a batch; on an error they are as they were before it, as far as not updated.
+
+        Returns the batch that has ended here: this one, or, where actions lag behind, an older one or none.
+        """
+        with self._dropping(job):
             if job.program.schedule.barrier:
                 self.meet(job.index, f"begins batch {job.index}")
+            self._in_flight.enter(job)
             if self._feeder is not None:
                 self._open(job, self._next(self._feeder, f"trains batch {job.index}"))
-            self._walk(job.program, self.lane, partial(self._act, job))
+            self._walk(job.program, self.lane, self._act)
+            return self._in_flight.leave()
+
+    def drain(self) -> None:
+        """End the batches that are in flight; every lane must."""
+        while (newest := self._in_flight.newest) is not None:
+            with self._dropping(newest):
+                self._walk(self._in_flight.enter(None), self.lane, self._act)
+                if (ended := self._in_flight.leave()) is not None:
+                    ended.finish()
+
+    @contextlib.contextmanager
+    def _dropping(self, job: Job) -> Iterator[None]:
+        """On an error, leave out all batches in flight."""
+        try:
+            yield
         except BaseException as error:
-            job.discard(self.own, self._queues)
-            job.error = error
+            for each in dict.fromkeys((*self._in_flight.clear(), job)):
+                each.discard(self.own, self._queues)
+                each.error = error
+                each.finish()
             raise
         finally:
             job.ends = [queue.send(()) for queue in self._queues.values()]
 
-    def _act(self, job: Job, action: Action) -> None:
+    def _act(self, action: Action) -> None:
         """Take one action, between what it needs of other lanes and what they need of it."""
+        job = self._in_flight.of(action)
+        if job is None:
+            return
         self._receive_for(job, action)
         stage = self._stages[action.stage]
         self._recorder.perform(job, action, stage, self._queues[stage.device], self.lane)
@@ -153,6 +179,9 @@ class LaneRunner:
     def _expect(self, lane: int, expected: Message) -> None:
         doing = f"{expected.values} after {expected.batch} batches"
         message = self._next(lane, doing)
+        while message.kind == "gradient" and self._in_flight:  # of a batch that will be drained
+            self._keep(lane, message)
+            message = self._next(lane, doing)
         if (message.kind, message.batch, message.values) != ("sync", expected.batch, expected.values):
             raise _apart(lane, message, doing)
 
@@ -191,8 +220,11 @@ class LaneRunner:
             message = self._next(lane, doing)
             if message.kind == "sync":
                 raise _apart(lane, message, doing)
-            self._kept[lane, message.batch, (message.kind, message.stage, message.micro_batch)] = message
+            self._keep(lane, message)
         return self._kept.pop((lane, batch, key))
+
+    def _keep(self, lane: int, message: Message) -> None:
+        self._kept[lane, message.batch, (message.kind, message.stage, message.micro_batch)] = message
 
     def _next(self, lane: int, doing: str) -> Message:
         message = self._links.receive(lane) if lane != self._feeder or self._peeked is None else self._peeked

@@ -10,8 +10,8 @@
     pipedream      1f1b over the stream of batches, each stage on weights that are a few updates old
 
 Any callable value with the same three fields is a schedule too; `Program` checks the lanes that it makes. One that
-needs its stages on other lanes than the plan's has a method `place`, from a plan to a plan; one whose actions are not all
-of the newest batch, a method `lag` (see `actions.lag`).
+needs its stages on other lanes than the plan's has a method `place`, from a plan to a plan; one whose actions are not
+all of the newest batch, a method `lag` (see `actions.lag`).
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from autodecouple.plans import Plan
 from autodecouple.schedules.actions import Action, Lane, Op
-from autodecouple.schedules.sequential import canonical, deal, require_coupled, require_counts
+from autodecouple.schedules.sequential import canonical, deal, require_counts, require_coupled
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ def _stale(plan: Plan) -> tuple[str, ...]:
     late, kept = ", ".join(map(str, plan.staleness)), ", ".join(str(stage.versions) for stage in plan.stages)
     more = units.size(sum(stage.stashed_bytes for stage in plan.stages))
     return (
-        f"asynchronous: by stage, a batch is trained at weights that lack the last {late} updates: not backprop's result",
+        f"asynchronous: by stage, a batch is trained at weights that lack the last {late} updates: not backprop",
         f"for that the stages hold {kept} batches under way and the weights of each: {more} more memory",
     )
 

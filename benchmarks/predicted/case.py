@@ -9,7 +9,7 @@ from functools import partial
 import autodecouple
 from autodecouple.cost import TableCost, measured
 from autodecouple.graph import Graph
-from autodecouple.schedules import GPipe, OneFOneB, Op, Schedule, Streaming
+from autodecouple.schedules import GPipe, OneFOneB, Op, PipeDream, Schedule, Streaming
 from autodecouple.timeline import Timeline
 from tools import networks, steps
 from tools.networks import Batch
@@ -21,7 +21,8 @@ WARM_UP = 1
 
 @dataclass(frozen=True)
 class Case:
-    """K stages with local losses, and K coupled stages for each number of micro-batches; one thread runs them all.
+    """K stages with local losses, and K coupled stages for each number of micro-batches and for whole batches under way
+    at once; one thread runs them all.
 
     backprop: a step of the whole network
     batches:  of a measurement, behind those of the warm-up
@@ -30,6 +31,7 @@ class Case:
     backprop: steps.Step
     local: autodecouple.Decoupled
     coupled: Mapping[int, autodecouple.Decoupled]
+    whole: autodecouple.Decoupled
     data: Sequence[Batch]
     batches: int
 
@@ -43,7 +45,12 @@ class Case:
             autodecouple.compile, graph, n_stages, devices=lanes, optimizer=networks.sgd, executor="inline", cost=cost
         )
         coupled = {count: cut("bp", schedule=OneFOneB(count)) for count in micro_batches}
-        return Case(steps.backprop(graph.model, data), cut(), coupled, data, batches)
+        whole = cut("bp", schedule=PipeDream())
+        return Case(steps.backprop(graph.model, data), cut(), coupled, whole, data, batches)
+
+    @property
+    def pipelines(self) -> Sequence[autodecouple.Decoupled]:
+        return (self.local, self.whole, *self.coupled.values())
 
     def round(self) -> dict[str, float]:
         """Seconds per batch: of one device as measured, of K devices as predicted from the measured stage times."""
@@ -55,6 +62,7 @@ class Case:
             cost = self.measure(pipeline)
             found[f"gpipe {count}"] = predict(pipeline, GPipe(count), joined_loss(cost, count))
             found[f"1f1b {count}"] = predict(pipeline, OneFOneB(count), cost)
+        found["pipedream"] = predict(self.whole, PipeDream(), self.measure(self.whole))
         return found
 
     def measure(self, pipeline: autodecouple.Decoupled) -> TableCost:

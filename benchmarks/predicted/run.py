@@ -29,7 +29,7 @@ from tools.networks import Batch, Network
 
 NETWORKS = {"vgg": networks.vgg, "resnet18": networks.resnet18, "transformer": networks.transformer}
 TINY = {"vgg": {"width": 0.05}, "resnet18": {"width": 0.05}, "transformer": {"width": 12, "length": 8}}
-SCHEDULES = ("barrier", "gpipe", "1f1b", "streaming")
+SCHEDULES = ("barrier", "gpipe", "1f1b", "pipedream", "streaming")
 
 
 def main() -> None:
@@ -80,7 +80,7 @@ def devices(graph: Graph, data: Sequence[Batch], count: int, args: argparse.Name
     """Speed of so many devices, a stage on each, over that of one as the same round had it."""
     case = Case.make(graph, count, data, args.batches, args.micro_batches, args.cost)
     with ExitStack() as stack:
-        for pipeline in (case.local, *case.coupled.values()):
+        for pipeline in case.pipelines:
             stack.enter_context(closing(pipeline))
         rounds = [best_of(case.round()) for _ in range(args.rounds)]
     ratios = {name: asdict(turns.faster(rounds, name, "backprop")) for name in SCHEDULES}
