@@ -49,7 +49,7 @@ class FlopCost:
 
     def seconds(self, action: Action) -> float:
         stage = self.plan.stages[action.stage]
-        backward = stage.backward_flops / (2 if self.splits_backward else 1)
+        backward = stage.backward_flops * _share(action, self.plan, self.splits_backward)
         flops = {Op.FORWARD: stage.forward_flops, Op.LOSS: stage.head_flops, **dict.fromkeys(_BACKWARD, backward)}
         slices = 1 if action.micro_batch is None else self.num_micro_batches
         return flops.get(action.op, 0) / slices / (self.flops_per_second * stage.speed)
@@ -76,7 +76,7 @@ class TimedCost:
 
     def seconds(self, action: Action) -> float:
         stage = self.plan.stages[action.stage]
-        backward = (stage.backward_seconds or 0.0) / (2 if self.splits_backward else 1)
+        backward = (stage.backward_seconds or 0.0) * _share(action, self.plan, self.splits_backward)
         found = {Op.FORWARD: stage.forward_seconds, Op.LOSS: stage.head_seconds, **dict.fromkeys(_BACKWARD, backward)}
         slices = 1 if action.micro_batch is None else self.num_micro_batches
         return (found.get(action.op, stage.update_seconds) or 0.0) / slices
@@ -86,6 +86,14 @@ class TimedCost:
         if lane >= len(self.plan.links):
             return 0.0
         return self.plan.links[lane].seconds(self.plan.cuts[cut].num_bytes / self.num_micro_batches)
+
+
+def _share(action: Action, plan: Plan, halves: bool) -> float:
+    """What part of its stage's backward an action is: beside a cut that overlaps as the plan says, else all or half."""
+    if plan.splits_backward(action.stage):
+        returning = plan.stages[action.stage].returning
+        return returning if action.op is Op.BACKWARD else 1 - returning
+    return 0.5 if halves else 1.0
 
 
 def predicted(plan: Plan, schedule: Schedule) -> Cost:

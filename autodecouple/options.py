@@ -18,6 +18,7 @@ from autodecouple.executors import EXECUTORS
 from autodecouple.executors.world import one_lane_per_rank, world_size
 from autodecouple.graph import Graph
 from autodecouple.objectives import Objective
+from autodecouple.objectives.loco import without_overlap
 from autodecouple.passes.carry import place_objectives
 from autodecouple.passes.measuring.updates import MakeOptimizer
 from autodecouple.passes.partition import check_n_stages
@@ -116,7 +117,10 @@ class Wish:
 
     def placed(self, graph: Graph) -> Wish:
         """The wish with objectives that know where they stand, and what enters the model."""
-        return dataclasses.replace(self, objectives=place_objectives(self.objectives, graph))
+        objectives = self.objectives
+        if self.detach_classifier:
+            objectives = (*objectives[:-1], without_overlap(objectives[-1]))
+        return dataclasses.replace(self, objectives=place_objectives(objectives, graph))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from autodecouple.executors.job import Job
 from autodecouple.graph import Graph
 from autodecouple.objectives.criterion import Criterion
 from autodecouple.objectives.gather import gathered_head
-from autodecouple.objectives.objective import Objective, at_cut, read_at, signal_of
+from autodecouple.objectives.objective import Objective, at_cut, read_at, signal_of, tie_of
 from autodecouple.options import Capturing, Options, Wish
 from autodecouple.passes import verify
 from autodecouple.passes.candidates import Candidate, find_cuts, keep_whole
@@ -94,6 +94,11 @@ def decide(graph: Graph, candidates: tuple[Candidate, ...], wish: Wish, example_
     wish = equipped(wish, graph, candidates)
     candidates = keep_whole(graph, candidates, wish.no_split) if wish.no_split else candidates
     wish = wish.placed(graph)
+    if wish.recompute and any(tie_of(objective) == "overlapping" for objective in wish.objectives):
+        raise InputError(
+            "recompute=True would run the forward of stages that overlap three times, once for each way back: leave it"
+            ' out, or take a loss other than "loco"'
+        )
     if wish.cost == "flops":
         plan = arrange(graph, candidates, wish, charge_flops(graph, lanes_of(wish), wish.recompute))
     else:
@@ -149,9 +154,8 @@ def _fit(plan: Plan, graph: Graph, candidates: tuple[Candidate, ...], wish: Wish
             f" model does not have; it was made for {plan.model or 'another model'}. Make a new one with plan()"
         )
     for cut, objective in zip(plan.cuts, wish.objectives, strict=True):
-        if cut.detached == (objective.name == "bp"):
-            kind = "detached" if cut.detached else "coupled"
-            raise PlanError(f"the plan's cut after {cut.after!r} is {kind}, but its loss is {objective.name!r}")
+        if cut.tie != tie_of(objective):
+            raise PlanError(f"the plan's cut after {cut.after!r} is {cut.tie}, but its loss is {objective.name!r}")
     cuts = [cut.after for cut in plan.cuts]
     charges = (Charge(graph, recompute=wish.recompute),) * len(plan.stages)
     fitted = choose_cuts(graph, candidates, len(plan.stages), wish.objectives, cut_at=cuts, charges=charges)

@@ -57,6 +57,7 @@ class Cut:
     copied:     those cloned at the cut, since something later writes into their memory
     module:     the module that ends here ("layer2.1"), "" inside one
     detached:   no gradient crosses; False couples the two stages as in backpropagation
+    overlaps:   but for one: the gradient of the next stage's own loss comes back, and goes no further
     encodes:    the head passes on a signal of its own, so the loss of the next stage that encodes waits for it
     recomputed: values that later stages use as well and compute again, of what crosses and what the model owns
     input:      the model's input that the head compares with, None for most; it crosses the cuts before this one
@@ -76,10 +77,21 @@ class Cut:
     recomputed: tuple[str, ...] = ()
     input: str | None = None
     sides: tuple[str, ...] = ()
+    overlaps: bool = False
 
     @property
     def num_bytes(self) -> int:
         return sum([spec.num_bytes for spec in self.crossing])
+
+    @property
+    def tie(self) -> str:
+        """What it does to the stages beside it: "detached", "coupled" or "overlapping"."""
+        return "overlapping" if self.overlaps else "detached" if self.detached else "coupled"
+
+    @property
+    def attached(self) -> bool:
+        """Whether the next stage sends a gradient back."""
+        return self.tie != "detached"
 
     def spec(self, name: str) -> TensorSpec:
         return next(spec for spec in self.crossing if spec.name == name)
@@ -118,6 +130,9 @@ class StageSpec:
     """The modules whose forward runs here, in order and none within another; empty where unknown."""
     speed: float = 1.0
     """Of its lane, relative to the others."""
+    returning: float = 0.0
+    """Beside a cut that overlaps: the share of the backward that gives what was sent here its gradient, for which the
+    stage before waits; the rest is of the weights."""
     forward_seconds: float | None = None
     """As timed on its device, None where nothing was; so are the next two, and all or none of a plan."""
     backward_seconds: float | None = None
@@ -198,12 +213,16 @@ class Plan:
     @property
     def balance(self) -> float:
         """Mean stage cost / slowest stage cost: 1.0 is perfect."""
-        return self.speedup / len(self.stages)
+        slowest = max(self.costs)
+        return sum(self.costs) / slowest / len(self.stages) if slowest > 0 else 1 / len(self.stages)
 
     @property
     def speedup(self) -> float:
-        """Total cost / slowest stage cost: what streaming over one lane per stage reaches."""
-        return sum(self.costs) / max(self.costs) if max(self.costs) > 0 else 1.0
+        """Total cost / slowest stage cost, waits included: what streaming over one lane per stage reaches."""
+        from autodecouple.waits import periods  # which knows plans, not the other way round
+
+        slowest = max(periods(self))
+        return sum(self.costs) / slowest if slowest > 0 else 1.0
 
     @property
     def lanes(self) -> tuple[tuple[int, ...], ...]:
@@ -219,6 +238,14 @@ class Plan:
     def coupled_after(self, stage: int) -> bool:
         """Whether the gradient of the next stage comes back into this one."""
         return stage < len(self.cuts) and not self.cuts[stage].detached
+
+    def overlaps_after(self, stage: int) -> bool:
+        """Whether the next stage's own loss trains this one, too, whose weights so wait for it."""
+        return stage < len(self.cuts) and self.cuts[stage].overlaps
+
+    def splits_backward(self, stage: int) -> bool:
+        """Whether a stage first gives back a gradient, and later trains its weights: beside a cut that overlaps."""
+        return self.overlaps_after(stage) or (stage > 0 and self.cuts[stage - 1].overlaps)
 
     def signal_source(self, stage: int) -> int | None:
         """The stage whose head encodes the signal that this stage's loss compares with, None for the target.

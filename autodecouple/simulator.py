@@ -63,7 +63,7 @@ def _step(action: Action, program: Program, cost: Cost) -> _Step:
 
 def _delay(source: Action, target: Action, program: Program, cost: Cost) -> float:
     """Seconds that activations (forward) or gradients (backward) travel; a head's signal travels with them."""
-    travels = target.op in (Op.FORWARD, Op.BACKWARD) and source.stage != target.stage
+    travels = target.op in (Op.FORWARD, Op.BACKWARD, Op.WEIGHT) and source.stage != target.stage
     if not travels or program.lane_of[source] == program.lane_of[target]:
         return 0.0
     return cost.transfer(min(source.stage, target.stage))

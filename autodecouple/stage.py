@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from autodecouple.errors import InputError, NonFiniteLossError
 from autodecouple.halves import backward_inputs
+from autodecouple.hops import give_back, take_back, train_weights
 from autodecouple.objectives.heads import full_precision
 from autodecouple.passes.codegen import StageCode
 from autodecouple.plans import Plan
@@ -76,7 +77,8 @@ class Stage:
         self.plan = plan
         self.training = training
         self.batch_dims = batch_dims
-        self.coupled_before = index > 0 and not plan.cuts[index - 1].detached
+        self.coupled_before = index > 0 and plan.cuts[index - 1].attached
+        self.overlaps = plan.overlaps_after(index)
         self.device = torch.device("cpu")
         self.buffers: list[torch.Tensor] = []
         self.skipped = 0
@@ -100,6 +102,12 @@ class Stage:
     def loss_stage(self) -> int:
         """The stage whose loss trains this one: itself, or the last of those it is coupled to."""
         return next(s for s in range(self.index, len(self.plan.stages)) if not self.plan.coupled_after(s))
+
+    @property
+    def loss_stages(self) -> tuple[int, ...]:
+        """All whose losses train this one: that stage, and where this one overlaps the next the next one's."""
+        behind = next((s for s in range(self.index + 1, len(self.plan.stages)) if not self.plan.coupled_after(s)), None)
+        return (self.loss_stage, behind) if self.overlaps and behind is not None else (self.loss_stage,)
 
     def place(self, device: torch.device) -> None:
         """Move parameters, buffers and head; the user's objects stay the same, optimizer state follows."""
@@ -189,11 +197,10 @@ class Stage:
         gradients: of what a coupled next stage was sent, by the names of the plan; so are those returned
         split: leave the weights' gradients to `weight`; what is computed again is not split
         """
+        if self.overlaps:
+            return give_back(work.passages[micro_batch], self.code.origin) if self.coupled_before else None
         passage = work.passages.pop(micro_batch)
-        for name in self.code.sends if gradients else ():
-            assert gradients is not None
-            if self.code.origin(name) in gradients:
-                passage.gradients[name] = gradients[self.code.origin(name)]
+        take_back(passage, self._known(gradients))
         if passage.again is not None:
             passage.values = {}  # what the first forward gave comes once more
         with passage.again() if passage.again is not None else contextlib.nullcontext(passage.values) as values:
@@ -211,25 +218,40 @@ class Stage:
         sent = {name: x.grad if x.grad is not None else torch.zeros_like(x) for name, x in leaves.items()}
         return sent if self.coupled_before else None
 
-    def weight(self, work: Work, micro_batch: int) -> None:
-        """What a split backward has left of one micro-batch: the gradients of the weights."""
+    def _known(self, gradients: Mapping[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+        """What the next stage has sent back, by the names that it has here."""
+        named = {name: self.code.origin(name) for name in self.code.sends} if gradients else {}
+        return {name: gradients[origin] for name, origin in named.items() if gradients and origin in gradients}
+
+    def weight(self, work: Work, micro_batch: int, gradients: Mapping[str, torch.Tensor] | None = None) -> None:
+        """What `backward` has left of one micro-batch: the gradients of the weights.
+
+        gradients: where the stage overlaps the next, of that one's loss at what it was sent, by the names of the plan
+        """
+        if self.overlaps:
+            passage = work.passages.pop(micro_batch)
+            take_back(passage, self._known(gradients))
+            train_weights(passage, self.code.body)
+            return
         rest = work.rests.pop(micro_batch, None)
         if rest is not None and self.parameters:
             with full_precision(self.parameters[0]):
                 rest()
 
-    def update(self, work: Work, judge: Work) -> torch.Tensor | None:
+    def update(self, work: Work, *judges: Work) -> torch.Tensor | None:
         """Step the optimizer and scheduler; returns the batch's loss, None where it is another stage's.
 
-        judge: the work of `loss_stage`. Where its loss is not finite nothing is updated.
+        judges: the works of `loss_stages`. Where one of their losses is not finite nothing is updated.
         """
         if self.replicas is not None:
-            self.replicas.unite(self.parameters, work, judge)
-        if self.training.on_nonfinite != "ignore" and not all(flag.is_set() for flag in judge.finite):
+            for judge in judges:
+                self.replicas.unite(self.parameters if judge is judges[0] else (), work, judge)
+        if self.training.on_nonfinite != "ignore" and (wrong := self._not_finite(judges)) is not None:
             self.discard(work)
             if self.training.on_nonfinite == "raise":
+                stage, judge = wrong
                 raise NonFiniteLossError(
-                    f"the loss of stage {self.loss_stage} is {math.fsum(float(loss) for loss in judge.losses)}: nothing"
+                    f"the loss of stage {stage} is {math.fsum(float(loss) for loss in judge.losses)}: nothing"
                     f" of stage {self.index} was updated with this batch. Lower the learning rate, clip gradients"
                     ' (clip_grad_norm=), or pass on_nonfinite="skip".'
                 )
@@ -237,6 +259,11 @@ class Stage:
         else:
             self._step(work)
         return sum(work.losses[1:], work.losses[0]) if work.losses else None
+
+    def _not_finite(self, judges: Sequence[Work]) -> tuple[int, Work] | None:
+        """The first stage whose loss is not finite, of those that train this one."""
+        pairs = zip(self.loss_stages, judges, strict=True)
+        return next(((s, judge) for s, judge in pairs if not all(flag.is_set() for flag in judge.finite)), None)
 
     def _step(self, work: Work) -> None:
         """Count the batch, and step if it completes an accumulation."""

@@ -11,7 +11,7 @@ import torch
 
 from autodecouple.devices import Device
 from autodecouple.graph import Graph
-from autodecouple.objectives.objective import Objective, at_cut, read_at, signal_of
+from autodecouple.objectives.objective import Objective, at_cut, read_at, signal_of, tie_of
 from autodecouple.passes.candidates import Candidate
 from autodecouple.passes.measuring.charges import Charge, average, charged, slowness, with_updates
 from autodecouple.passes.measuring.links import time_link
@@ -88,10 +88,11 @@ StageCost = tuple[int, int, int, int]
 def stage_costs(plan: Plan, charge: Charge, objectives: Sequence[Objective]) -> list[StageCost]:
     """Of every stage of the plan, at speed 1."""
     prices, found, stop = Prices.of(charge), [], 0
+    ties = ["detached", *map(tie_of, objectives), "detached"]
     for index, stage in enumerate(plan.stages):
         start, stop = stop, stop + len(stage.nodes)
-        coupled = index > 0 and not plan.cuts[index - 1].detached
-        forward, backward = (int(amounts.sum()) for amounts in prices.between(start, stop, -1 if coupled else start))
+        spent = prices.stage(start, stop, ties[index], ties[index + 1])
+        forward, backward = int(spent.forward.sum()), int(spent.backward.sum())
         update = sum(charge.updates.get(name, 0) for name in stage.nodes) if charge.updates else 0
         last = index == len(plan.cuts)
         head = charge.criterion if last else _head_cost(charge, plan.cuts[index], index, objectives)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
 from autodecouple.graph import Graph
-from autodecouple.objectives import OBJECTIVES, Auto, Downstream, Objective
+from autodecouple.objectives import OBJECTIVES, Auto, Downstream, LoCo, Objective
 from autodecouple.passes.candidates import Candidate
 from autodecouple.passes.downstream.bound import BoundDownstream
 from autodecouple.passes.downstream.chain import Chain, find_chain
@@ -53,6 +53,8 @@ class _Offer:
     notes: list[str] = field(default_factory=list)
 
     def bound(self, objective: Objective) -> Objective:
+        if isinstance(objective, LoCo):
+            return replace(objective, local=self.bound(objective.local))
         if isinstance(objective, Downstream):
             if not self.chain.blocks:
                 self.notes.append(f"'downstream': {self._found}")

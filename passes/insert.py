@@ -188,11 +188,12 @@ def _token_mask(work: fx.Graph, index: int, cut: Cut, by_name: dict[str, fx.Node
 def _cross(work: fx.Graph, index: int, cut: Cut, by_name: dict[str, fx.Node]) -> None:
     """Detach and copy what crosses; the later stages use the result.
 
-    Coupled values are copied by the next stage: what it receives is a leaf, which nothing may write into.
+    Where a gradient comes back values are copied by the next stage: what it receives is a leaf, which nothing may write
+    into. That it comes no further than one stage where a cut overlaps is the stages' doing, not this graph's.
     """
     for spec in cut.crossing:
-        coupled = spec.name in cut.carrying and not cut.detached
-        steps = [aten.detach.default] if spec.name in cut.carrying and cut.detached else []
+        coupled = spec.name in cut.carrying and cut.attached
+        steps = [aten.detach.default] if spec.name in cut.carrying and not cut.attached else []
         steps += [aten.clone.default] if spec.name in cut.copied else []
         old = by_name[spec.name]
         later = [user for user in old.users if user.op == "output" or user.meta[STAGE] > index]

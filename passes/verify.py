@@ -45,7 +45,7 @@ def heads_fit(module: fx.GraphModule, graph: Graph, plan: Plan) -> None:
             here, there = source.meta[STAGE], node.meta[STAGE]
             assert here <= there, f"{node.name!r} in stage {there} reads {source.name!r} of stage {here}"
             for cut in plan.cuts[here:there]:
-                held = not cut.detached or _is_free(source, graph, ends[cut.after])
+                held = cut.attached or _is_free(source, graph, ends[cut.after])
                 assert held, f"{source.name!r} carries a gradient across the cut after {cut.after!r}"
 
 

@@ -37,6 +37,7 @@ from autodecouple import DataParallel
 from autodecouple.errors import InputError
 from autodecouple.executors.job import Job
 from autodecouple.executors.world import Grid
+from autodecouple.objectives import LoCo, SupCon
 from autodecouple.schedules import MicroBatched
 from autodecouple.schedules.actions import Action, Op
 
@@ -78,6 +79,7 @@ CASES: dict[str, tuple[str, int, Any, Any, dict[str, Any]]] = {
     "an objective that knows of no replicas": ("vectors", 4, [Encoding(), "bp", Encoding()], TOGETHER, {}),
     "accumulated and clipped": ("vectors", 2, "supcon", TOGETHER, {"accumulate": 3, "clip_grad_norm": 0.1}),
     "recomputed": ("vectors", 2, "early_exit", 2, {"recompute": True}),
+    "overlapping stages on two lanes": ("vectors", 4, LoCo(SupCon()), TOGETHER, {}),
     "coupled stages on two lanes": ("vectors", 4, ["bp", "early_exit", "bp"], 2, {}),
     "coupled lanes": ("vectors", 2, "bp", 2, {"clip_grad_norm": 0.5}),
     "attention, on either order of dimensions": ("tokens", 4, ["supcon", "early_exit", "deinforeg"], TOGETHER, {}),

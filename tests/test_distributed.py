@@ -89,11 +89,16 @@ CASES: dict[str, tuple[int, int, Any, dict[str, Any]]] = {
     "a signal that skips a lane": (4, 4, [Encoding(), "bp", Encoding()], {}),
     "encodings of the labels": (3, 4, "associated", {"optimizer": adam}),
     "coupled stages on several ranks": (3, 4, ["bp", "supcon", "bp"], {"optimizer": adam}),
+    "overlapping stages": (4, 4, "loco", {"optimizer": adam}),
+    "overlapping stages, two on each rank": (2, 4, "loco", {"schedule": MicroBatched(num_micro_batches=3)}),
     "half an accumulation": (2, 3, "deinforeg", {"accumulate": 4, "clip_grad_norm": 0.5}),
 }
 
 
-QUICK = ("four ranks, four objectives", "a signal that skips a lane", "coupled stages on several ranks")
+QUICK = (
+    "four ranks, four objectives", "a signal that skips a lane", "coupled stages on several ranks",
+    "overlapping stages",
+)  # fmt: skip
 
 
 def slow_but(quick: Sequence[Any], cases: Iterable[Any]) -> list[Any]:

@@ -23,7 +23,7 @@ from autodecouple.stage import Stage
 from autodecouple.timeline import Timeline
 
 BATCHES = 6
-METHODS = {Op.FORWARD: "forward", Op.LOSS: "loss", Op.BACKWARD: "backward", Op.UPDATE: "update"}
+METHODS = {op: op.name.lower() for op in Op}
 
 CASES: dict[str, tuple[Any, int, Schedule]] = {
     "sequential": ("supcon", 1, Sequential()),
@@ -32,6 +32,7 @@ CASES: dict[str, tuple[Any, int, Schedule]] = {
     "streaming, two lanes": ("supcon", 2, Streaming(queue_depth=3)),
     "barrier": ("supcon", 4, Streaming(barrier=True)),
     "micro-batches": ("early_exit", 4, MicroBatched(num_micro_batches=2)),
+    "overlapping": ("loco", 4, Streaming()),
     "groups": (["supcon", "bp", "supcon"], 4, Streaming()),
     "gpipe": ("bp", 4, GPipe(num_micro_batches=2)),
     "1f1b": ("bp", 4, OneFOneB(num_micro_batches=3)),

@@ -16,10 +16,10 @@ PACKAGE = Path(__file__).resolve().parent.parent / "autodecouple"
 # From the bottom up: a module imports from its own row and the rows above it here, never from one below.
 LAYERS: tuple[set[str], ...] = (
     {"errors", "_version"},
-    {"plans", "timeline", "schedules", "devices"},
+    {"plans", "timeline", "schedules", "devices", "waits"},
     {"simulator", "cost", "view"},
     {"graph", "objectives", "passes", "randomness", "shards", "signals", "synced", "two_views"},
-    {"halves", "replication", "stage", "stage_state", "work"},
+    {"halves", "hops", "replication", "stage", "stage_state", "work"},
     {"backends"},
     {"executors"},
     {"options", "pipeline", "optimizers", "states", "flat", "replanning", "walk", "exits"},

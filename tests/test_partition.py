@@ -21,7 +21,7 @@ import autodecouple
 from autodecouple.devices import Device
 from autodecouple.errors import AutodecoupleError, CutError, InputError, PartitionError
 from autodecouple.graph import Graph
-from autodecouple.objectives import EarlyExit, Objective, SupCon
+from autodecouple.objectives import EarlyExit, LoCo, Objective, SupCon
 from autodecouple.objectives.backprop import Backprop
 from autodecouple.objectives.gather import gathered_head
 from autodecouple.passes.candidates import Candidate
@@ -35,7 +35,8 @@ from examples import models as networks
 
 SWEEP = settings(max_examples=6, suppress_health_check=list(HealthCheck))
 SLOW = settings(max_examples=60, suppress_health_check=list(HealthCheck))
-OBJECTIVES: tuple[Objective, ...] = (SupCon(hidden=8, out=4), SupCon(hidden=32, out=4), EarlyExit(hidden=8), Backprop())
+OBJECTIVES: tuple[Objective, ...] = (SupCon(hidden=8, out=4), SupCon(hidden=32, out=4), EarlyExit(hidden=8), Backprop(),
+                                     LoCo(EarlyExit(hidden=8)))  # fmt: skip
 
 
 # --- on graphs --------------------------------------------------------------------------------------------------------
@@ -82,7 +83,12 @@ class Costs:
         measures = [self.graph.measures[node.name] for node in self.operations[begin:end]]
         coupled = k > 0 and objectives[k - 1].name == "bp"
         head, _ = self.head(self.legal[cuts[k]], begin, objectives[k]) if k < len(cuts) else (0, 0)
-        backward = sum(f for m in measures for threshold, f in m.backward_flops if coupled or threshold >= begin)
+        before, after = ([False, *(o.name == "loco" for o in objectives), False])[k : k + 2]
+        parts = [(m.position, *part) for m in measures for part in m.backward_flops]
+        whole = (coupled or before) and not after
+        backward = sum(f for _, threshold, f in parts if whole or threshold >= begin)
+        if after and (coupled or before):  # once more to what was sent, past the weights
+            backward += sum(f for position, threshold, f in parts if threshold < position)
         own = [name for name, first in self.trained.items() if begin <= first < end]
         trained = len([name for name in own if name in self.graph.trained])
         if k < len(cuts) and objectives[k].name != "bp" and begin <= self.legal[cuts[k]].blind:

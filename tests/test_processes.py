@@ -80,12 +80,13 @@ CASES: dict[str, tuple[int, Any, dict[str, Any]]] = {
     "a signal that skips a lane": (4, [Encoding(), "bp", Encoding()], {}),
     "encodings of the labels": (3, ["associated", "supcon", "associated"], {"optimizer": adam}),
     "coupled stages": (3, ["bp", "supcon", "bp"], {"optimizer": adam}),
+    "overlapping stages": (4, "loco", {"optimizer": adam}),
     "half an accumulation": (2, "deinforeg", {"accumulate": 4, "clip_grad_norm": 0.5}),
     "recomputed": (2, "supcon", {"recompute": True}),
 }
 
 
-QUICK = ("two lanes", "micro-batches", "encodings of the labels", "coupled stages")
+QUICK = ("two lanes", "micro-batches", "encodings of the labels", "coupled stages", "overlapping stages")
 
 
 def slow_but(quick: Iterable[Any], cases: Iterable[Any]) -> list[Any]:

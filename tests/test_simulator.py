@@ -144,7 +144,13 @@ class Verifier:
                 found = self.travelled(span, self.find(stage + 1, "B", batch, micro), stage)
                 return found + self.at_once(self.find(stage, "F", batch, micro))
             return self.at_once(self.find(stage, "L", batch, micro))
-        return self.at_once(self.find(stage, "B", batch))  # the gradients of all micro-batches
+        if span.action.op == "W":
+            # the own way back first; where the stage overlaps the next, that one's, too, and nothing behind it
+            found = self.at_once(self.find(stage, "B", batch, micro))
+            overlaps = not last and self.plan.cuts[stage].overlaps
+            return found + (self.travelled(span, self.find(stage + 1, "B", batch, micro), stage) if overlaps else [])
+        # the gradients of all micro-batches
+        return self.at_once(self.find(stage, "B", batch) + self.find(stage, "W", batch))
 
     @staticmethod
     def at_once(spans: list[Span]) -> list[tuple[Span, float]]:
@@ -199,7 +205,8 @@ def test_every_batch_does_the_same_work_at_its_cost(case: tuple[Plan, Schedule, 
         for stage in range(len(plan.stages)):
             has_loss = stage == len(plan.stages) - 1 or plan.cuts[stage].detached
             losses = (micro if isinstance(schedule, OneFOneB) else 1) if has_loss else 0
-            for op, count in (("F", micro), ("L", losses), ("B", micro), ("U", 1)):
+            halves = micro if any(cut.overlaps for cut in plan.cuts[max(0, stage - 1) : stage + 1]) else 0
+            for op, count in (("F", micro), ("L", losses), ("B", micro), ("W", halves), ("U", 1)):
                 assert len(verifier.find(stage, op, batch)) == count
     assert all(span.seconds == cost.table[span.action.stage, span.action.op] for span in timeline.spans)
 

@@ -20,7 +20,7 @@ def lasting_obstacle(stage: Stage, on_gpu: bool) -> str | None:
     if not can_be_recorded(stage.optimizer):
         kind = type(stage.optimizer).__name__
         return f"{kind} counts its steps on the host: take an optimizer of torch.optim with capturable=, or SGD"
-    if stage.coupled_before or plan.coupled_after(index):
+    if stage.coupled_before or stage.overlaps or plan.coupled_after(index):
         return "it is coupled to its neighbour, and forward and backward of one batch do not follow each other"
     if training.recompute or training.accumulate > 1:
         return "recompute and accumulate are for eager stages"

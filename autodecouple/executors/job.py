@@ -123,21 +123,35 @@ class Job:
 
     def _backward(self, action: Action, stage: Stage, queue: Queue) -> None:
         micro_batch = _number(action)
-        parcel = self.parcels.pop(("gradient", stage.index, micro_batch), None)
-        gradients = queue.receive(parcel) if parcel is not None else None
-        values = self.work[stage.index].passages[micro_batch].values
-        made = set(stage.code.outputs)  # here, and so their memory comes back here, in order: nothing need hold it
-        queue.keep({name: value for name, value in values.items() if name not in made})
+        gradients = None if stage.overlaps else self._gradients(stage.index, micro_batch, queue)
+        self._keep(stage, micro_batch, queue)
         split = Action(stage.index, Op.WEIGHT, micro_batch) in self.program.lane_of
         sent = stage.backward(self.work[stage.index], micro_batch, gradients, split=split)
         if sent is not None:
             self.parcels["gradient", stage.index - 1, micro_batch] = queue.send(sent)
 
     def _weight(self, action: Action, stage: Stage, queue: Queue) -> None:
-        stage.weight(self.work[stage.index], _number(action))
+        micro_batch = _number(action)
+        gradients = None
+        if stage.overlaps:
+            gradients = self._gradients(stage.index, micro_batch, queue)
+            self._keep(stage, micro_batch, queue)
+        stage.weight(self.work[stage.index], micro_batch, gradients)
+
+    def _keep(self, stage: Stage, micro_batch: int, queue: Queue) -> None:
+        """Let what was sent to a stage stay until its device has read it."""
+        values = self.work[stage.index].passages[micro_batch].values
+        made = set(stage.code.outputs)  # here, and so their memory comes back here, in order: nothing need hold it
+        queue.keep({name: value for name, value in values.items() if name not in made})
+
+    def _gradients(self, stage: int, micro_batch: int, queue: Queue) -> dict[str, torch.Tensor] | None:
+        """What the next stage has sent back; None where it sends nothing."""
+        parcel = self.parcels.pop(("gradient", stage, micro_batch), None)
+        return queue.receive(parcel) if parcel is not None else None
 
     def _update(self, action: Action, stage: Stage, queue: Queue) -> None:
-        self.losses[stage.index] = stage.update(self.work[stage.index], self.work[stage.loss_stage])
+        judges = (self.work[index] for index in stage.loss_stages)
+        self.losses[stage.index] = stage.update(self.work[stage.index], *judges)
 
     def is_done(self, requirement: Action) -> bool:
         return all(action in self.done for action in self.program.expand(requirement))

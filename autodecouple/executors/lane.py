@@ -173,11 +173,16 @@ class LaneRunner:
                 key: Key = ("activations", stage, micro_batch)
             case Op.LOSS if (encoder := self.plan.signal_source(stage)) is not None:
                 source, key = self._home[encoder], ("signal", encoder, micro_batch)
-            case Op.BACKWARD if self.plan.coupled_after(stage):
+            case Op.BACKWARD | Op.WEIGHT if self._takes_gradient(action):
                 source, key = self._home[stage + 1], ("gradient", stage, micro_batch)
             case _:
                 return None
         return (source, key) if source is not None and source != self.lane else None
+
+    def _takes_gradient(self, action: Action) -> bool:
+        """Whether an action reads what the next stage sends back."""
+        overlaps = self.plan.overlaps_after(action.stage)
+        return overlaps if action.op is Op.WEIGHT else self.plan.coupled_after(action.stage)
 
     def _take(self, lane: int, batch: int, key: Key) -> Message:
         """The message with that value; those that come before it are kept until they are asked for."""
@@ -199,7 +204,7 @@ class LaneRunner:
     def _deliver(self, job: Job, message: Message) -> None:
         values = dict(message.values)
         if message.kind == "gradient":  # the losses tell whether this batch may be trained on
-            work = job.work[self._stages[message.stage].loss_stage]
+            work = job.work[self._stages[message.stage + 1].loss_stage]
             work.losses = max(work.losses, values["losses"], key=len)
             work.finite = [Flag(loss) for loss in work.losses]
         for name in PASSED & values.keys():

@@ -15,6 +15,7 @@ from autodecouple.objectives.downstream import Downstream
 from autodecouple.objectives.early_exit import EarlyExit
 from autodecouple.objectives.infonce import InfoNCE
 from autodecouple.objectives.infopro import InfoPro
+from autodecouple.objectives.loco import LoCo
 from autodecouple.objectives.objective import Objective
 from autodecouple.objectives.predsim import PredSim
 from autodecouple.objectives.supcon import SupCon
@@ -30,6 +31,7 @@ __all__ = [
     "EarlyExit",
     "InfoNCE",
     "InfoPro",
+    "LoCo",
     "Objective",
     "PredSim",
     "SupCon",
@@ -37,7 +39,7 @@ __all__ = [
 ]
 
 KINDS: tuple[type[Objective], ...] = (
-    SupCon, DeInfoReg, EarlyExit, PredSim, DGL, InfoPro, InfoNCE, Associated, Downstream, Auto, Backprop,
+    SupCon, DeInfoReg, EarlyExit, PredSim, DGL, InfoPro, InfoNCE, Associated, LoCo, Downstream, Auto, Backprop,
 )  # fmt: skip
 
 OBJECTIVES: dict[str, Callable[[], Objective]] = {str(kind.name): kind for kind in KINDS}

@@ -30,6 +30,7 @@ class Objective(Protocol):
     input:                 a TensorSpec of one of these inputs, which the head is given, too: its `forward` is then
                            (features, input, signal, mask=None). None where it is not
     takes_any_target = True: its heads compare with whatever the criterion takes
+    overlaps = True:       the next stage's loss trains the stage as well (`Cut.overlaps`)
     needs_graph = True:    it is bound to the captured model by `passes.equip`, and then has `at(cut)`: the objective
                            for one cut, which names the `sides` that its head reads beside the features and builds a
                            `joint_head(features, signal)` of several of them
@@ -60,6 +61,13 @@ class Objective(Protocol):
         gradient, the head is asked for one that joins them (`objectives.gather`).
         """
         ...
+
+
+def tie_of(objective: Objective) -> str:
+    """What a cut with this objective does to the stages beside it: "detached", "coupled" or "overlapping"."""
+    if objective.name == "bp":
+        return "coupled"
+    return "overlapping" if getattr(objective, "overlaps", False) else "detached"
 
 
 def input_of(objective: Objective) -> TensorSpec | None:

@@ -7,6 +7,7 @@
 LOSS stands alone because batch-wise losses (SupCon, DeInfoReg) need the features of the whole batch. It includes the
 head's own backward, down to the gradient of the features; BACKWARD carries that through the stage: to its inputs and
 weights, or, of a micro-batch that has a WEIGHT in the lanes, to its inputs only, for which the stage before waits.
+Where a cut overlaps, the stage before it has a WEIGHT, of its own loss and of the next stage's.
 """
 
 from __future__ import annotations
@@ -86,6 +87,9 @@ def dependencies(action: Action, plan: Plan) -> tuple[Action, ...]:
 
         detached cut:  kF -> kL -> kB -> kU          coupled cut:  kF -> k+1F -> ... -> k+1B -> kB -> kU
                         +-> k+1F                                   (no loss, and no head, on stage k)
+
+        cut that overlaps:  kF -> kL -> kB ----------------+-> kW -> kU      one stage's wait, and no chain of them:
+                             +-> k+1F -> k+1L -> k+1B -----+                 k+1B does not wait for k+2
     """
     stage, micro_batch = action.stage, action.micro_batch
     match action.op:
@@ -99,6 +103,8 @@ def dependencies(action: Action, plan: Plan) -> tuple[Action, ...]:
             return (Action(stage, Op.FORWARD, micro_batch), Action(stage + 1, Op.BACKWARD, micro_batch))
         case Op.BACKWARD:
             return (Action(stage, Op.LOSS, micro_batch),)
+        case Op.WEIGHT if plan.overlaps_after(stage):
+            return (Action(stage, Op.BACKWARD, micro_batch), Action(stage + 1, Op.BACKWARD, micro_batch))
         case Op.WEIGHT:
             return (Action(stage, Op.BACKWARD, micro_batch),)
         case Op.UPDATE:

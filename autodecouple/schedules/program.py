@@ -122,7 +122,7 @@ def _needed(plan: Plan, num_micro_batches: int, present: Mapping[Action, int]) -
     slices = range(num_micro_batches)
     for stage in range(len(plan.stages)):
         yield from (Action(stage, op, m) for op in (Op.FORWARD, Op.BACKWARD) for m in slices)
-        if any(Action(stage, Op.WEIGHT, m) in present for m in slices):
+        if plan.overlaps_after(stage) or any(Action(stage, Op.WEIGHT, m) in present for m in slices):
             yield from (Action(stage, Op.WEIGHT, m) for m in slices)
         yield Action(stage, Op.UPDATE)
         if not plan.coupled_after(stage):

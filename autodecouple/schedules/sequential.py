@@ -31,19 +31,25 @@ class Sequential:
 def canonical(plan: Plan, num_micro_batches: int) -> Lane:
     """The total order of one batch: each group of coupled stages is finished before the next one starts.
 
-    Two stages coupled, two micro-batches:
+    Two stages coupled, two micro-batches; and three stages whose cuts overlap, so that each is finished with the next:
 
         0F0 1F0 0F1 1F1   1L   1B0 0B0 1B1 0B1   1U 0U
+        0F0 0L 0B0   1F0 1L 1B0   0W0 0U   2F0 2L 2B0   1W0 1U   2W0 2U
 
     Micro-batches go backward in ascending order, as in every schedule here, so gradients are summed in one order.
     """
     slices = range(num_micro_batches)
     actions: list[Action] = []
+    waiting: list[Action] = []
     for group in _coupled_groups(plan):
         actions += [Action(stage, Op.FORWARD, m) for m in slices for stage in group]
         actions.append(Action(group[-1], Op.LOSS))
         actions += [Action(stage, Op.BACKWARD, m) for m in slices for stage in reversed(group)]
-        actions += [Action(stage, Op.UPDATE) for stage in reversed(group)]
+        actions, waiting = [*actions, *waiting], []
+        for stage in reversed(group):
+            weights = [Action(stage, Op.WEIGHT, m) for m in slices] if plan.splits_backward(stage) else []
+            later = waiting if plan.overlaps_after(stage) else actions
+            later += [*weights, Action(stage, Op.UPDATE)]
     return tuple(actions)
 
 

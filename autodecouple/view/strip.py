@@ -140,12 +140,13 @@ def _head(canvas: Canvas, card: _Card) -> None:
 
 
 def _cut(canvas: Canvas, cut: Cut, card: _Card) -> None:
-    """Detached: a wall that only the forward arrow passes. Coupled: no wall, and the gradient's arrow comes back."""
+    """Detached: a wall that only the forward arrow passes. Coupled: no wall, and the gradient's arrow comes back; where
+    the cut overlaps it does so through the wall."""
     left, right, y = card.x + card.width + 4, card.x + card.width + _GAP - 4, _TOP + 40
     middle, bottom, width = (left + right) / 2, card.bottom, card.width + _GAP - 12
     if cut.detached:
         canvas.line(middle, _TOP - 4, middle, bottom + 72, stroke="alert", stroke_width=1.5, stroke_dasharray="5 4")
-    else:
+    if cut.attached:
         canvas.arrow(right, y + 18, left, y + 18, stroke="alert")
     canvas.arrow(left, y, right, y, stroke="ink")
     first, *others = map(str, crossing(cut))
@@ -154,7 +155,7 @@ def _cut(canvas: Canvas, cut: Cut, card: _Card) -> None:
     lines = [first, f"+ {', '.join(names)}"] if others else [first]
     for row, line in enumerate(lines):
         canvas.text(middle, bottom + 90 + 16 * row, line, size=10.5, mono=True, anchor="middle", width=width)
-    facts = [units.size(cut.num_bytes), f"after {cut.module or cut.after}", *([] if cut.detached else ["coupled"])]
+    facts = [units.size(cut.num_bytes), f"after {cut.module or cut.after}", *([cut.tie] if cut.attached else [])]
     y = bottom + 90 + 16 * len(lines)
     canvas.text(middle, y, " · ".join(facts), size=11, fill="dim", anchor="middle", width=width)
 

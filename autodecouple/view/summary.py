@@ -11,6 +11,7 @@ from autodecouple.plans import Cut, Plan, StageSpec, TensorSpec
 from autodecouple.schedules.actions import Op
 from autodecouple.timeline import Timeline
 from autodecouple.view import units
+from autodecouple.waits import periods
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,11 @@ def plan_notes(plan: Plan) -> tuple[str, ...]:
     on_lanes = sum(lane_costs) / max(lane_costs) if max(lane_costs) > 0 else 1.0
     speedup = f"{predicted_speedup(plan)} with a lane per stage"
     if len(plan.lanes) < len(plan.stages):
-        speedup += f", {_limit(plan)}{on_lanes:.2f}x on the {units.count(len(plan.lanes), 'lane')} of this plan"
+        limit = "at most " if any(cut.attached for cut in plan.cuts) else ""
+        speedup += f", {limit}{on_lanes:.2f}x on the {units.count(len(plan.lanes), 'lane')} of this plan"
     balance = f"balance {plan.balance:.2f} (mean stage / slowest stage; 1.00 is perfect)"
     again = ("every stage runs its forward again, as a part of its backward",) if plan.recompute else ()
-    return (balance, speedup, _bottleneck(plan), *again)
+    return (balance, speedup, _bottleneck(plan), *_waits(plan), *again)
 
 
 def timeline_note(timeline: Timeline) -> str:
@@ -118,8 +120,27 @@ def predicted_speedup(plan: Plan) -> str:
 
 
 def _limit(plan: Plan) -> str:
-    """Coupled stages wait for each other, so that theirs is only a limit."""
-    return "" if all(cut.detached for cut in plan.cuts) else "at most "
+    """Coupled stages wait for each other, so that theirs is only a limit; where cuts overlap the waits are counted."""
+    return "" if all(cut.detached for cut in plan.cuts) or _overlaps(plan) else "at most "
+
+
+def _overlaps(plan: Plan) -> bool:
+    return any(cut.overlaps for cut in plan.cuts)
+
+
+def _waits(plan: Plan) -> tuple[str, ...]:
+    """What overlapping costs, in words."""
+    if not _overlaps(plan):
+        return ()
+    found = periods(plan)
+    last = max(range(len(found)), key=found.__getitem__)
+    waiting = 1 - plan.costs[last] / found[last] if found[last] > 0 else 0.0
+    alone = sum(plan.costs) / max(plan.costs) if max(plan.costs) > 0 else 1.0
+    return (
+        "overlapping stages: each but the last is updated when the next one's loss has sent its gradient one stage"
+        f" back; stage {last} waits {units.percent(waiting)} of its time, and without waits the speedup would be"
+        f" {alone:.2f}x",
+    )
 
 
 def crossing(cut: Cut) -> tuple[TensorSpec, ...]:
@@ -179,6 +200,8 @@ def _border(cut: Cut) -> str:
     marks = [units.size(cut.num_bytes)]
     if not cut.detached:
         marks.append("coupled: the gradient comes back")
+    if cut.overlaps:
+        marks.append("overlaps: the gradient of the next stage's own loss comes back")
     if cut.copied:
         marks.append(f"copied: {', '.join(cut.copied)}")
     if cut.recomputed:

@@ -115,6 +115,12 @@ class Crossing:
         known = bisect_right(saved, end, key=lambda row: row[0])
         return saved[known - 1][2] if known else -1, makes[bisect_right(makes, end) - 1]
 
+    def carried(self, first: int, last: int) -> Tensor:
+        """(ends,) bytes of all that gets a gradient at each end."""
+        gradients = self.lives.gradients
+        named = (self._crossing(end) & gradients.keys() for end in range(first, last + 1))
+        return torch.tensor([sum(gradients[name].size for name in names) for names in named])
+
     def consumed(self, first: int, last: int) -> Tensor:
         """(ends,) whether what is sent is gone when the backward begins: a coupled stage has had its own by then."""
         return torch.tensor([self.coupled_after and end < len(self.legal) for end in range(first, last + 1)])

@@ -13,6 +13,7 @@ from autodecouple.passes.candidates import Candidate
 from autodecouple.passes.measuring.columns import columns
 from autodecouple.passes.measuring.crossing import Crossing
 from autodecouple.passes.measuring.lifetimes import Footprint, Lifetimes, footprint_of
+from autodecouple.passes.measuring.prices import Tie
 from autodecouple.passes.measuring.stage_memory import StageMemory
 
 WEIGHTS, GRADIENTS, FROZEN, LIVE, GONE, PASSED, SAVED, WAITING, WORKING = range(9)
@@ -34,14 +35,17 @@ class MemoryWalk:
     With a(p) what is saved up to position p, w(p) the gradients that wait there and g(p) those of the weights behind
     p, the backward takes the maximum of a(p) + w(p) + g(p) over the stage: on the way back a shrinks and g grows.
 
-    before, after: whether the stages are coupled to those before and behind them: what they are sent takes a gradient,
-                   all that they send gets one
+    before, after: how the stages are tied to those before and behind them: unless detached, what they are sent takes a
+                   gradient, all that they send gets one
     """
 
-    def __init__(self, lives: Lifetimes, legal: Sequence[Candidate], before: bool = False, after: bool = False) -> None:
+    def __init__(
+        self, lives: Lifetimes, legal: Sequence[Candidate], before: Tie = "detached", after: Tie = "detached"
+    ) -> None:
         self.lives = lives
         self.nodes = lives.graph.operations
-        self.crossing = Crossing(lives, legal, before, after)
+        self.ties = before, after
+        self.crossing = Crossing(lives, legal, before != "detached", after != "detached")
         footprints = [footprint_of(lives.graph.measured[node]) for node in self.nodes]
         self._forward = torch.tensor([footprint.forward_bytes for footprint in footprints])
         self._largest = self._largest_weights()
@@ -61,20 +65,44 @@ class MemoryWalk:
         at = self.crossing.positions[first : last + 1] - start
         copies, received = self.crossing.copies(first, last), self.crossing.received(begin)
         sent, overwritten = self.crossing.sent(begin, first, last) + copies, self.crossing.overwritten(begin)
-        backward = self.crossing.highest(begin, first, last, worst) + sums[GRADIENTS, at]
+        backward = received + self.crossing.highest(begin, first, last, worst) + sums[GRADIENTS, at] + copies
+        activations = received + live[at] - self.crossing.dropped(begin, first, last) + copies
+        if "overlapping" in self.ties:
+            most = activations + _highest(waiting + changes[WORKING])[at]
+            backward = torch.maximum(backward, most) + self._held_over(start, at, sums[GRADIENTS, at], first, last)
         return StageMemory(
             weights=sums[WEIGHTS, at],
             gradients=sums[GRADIENTS, at],
             largest=_highest(self._largest[start:stop])[at],
             frozen=sums[FROZEN, at],
             sent=sent,
-            activations=received + live[at] - self.crossing.dropped(begin, first, last) + copies,
+            activations=activations,
             forward=received + forward[at],
-            backward=received + backward + copies,
+            backward=backward,
             passing=received + first_forward[at] + overwritten,
             resting=received + sent + overwritten,
             beside=torch.where(self.crossing.consumed(first, last), 0, sent) + overwritten,
         )
+
+    def _held_over(self, start: int, at: Tensor, gradients: Tensor, first: int, last: int) -> Tensor:
+        """(ends,) what a backward beside a cut that overlaps holds besides, at most: its activations are needed again.
+
+        Before such a cut, what comes from the next stage and its sum with what the own loss gives. Behind one the
+        gradients are kept from which the weights' will be taken, all of them while those come.
+        """
+        carried = self.crossing.carried(first, last)
+        if self.ties[1] == "overlapping":
+            return 2 * carried
+        return self._junctions[start + at + 1] - self._junctions[start] + gradients + carried
+
+    @cached_property
+    def _junctions(self) -> Tensor:
+        """(operations + 1,) bytes of what operations with a weight have made, before each."""
+        measures = self.lives.graph.measures
+        trains = [any(source.op == "get_attr" for source in node.all_input_nodes) for node in self.nodes]
+        values = [measures[node.name].value if own else None for node, own in zip(self.nodes, trains, strict=True)]
+        sizes = [value.num_bytes if value is not None else 0 for value in values]
+        return torch.tensor([0, *sizes], dtype=torch.int64).cumsum(0)
 
     def _changes_of(self, start: int, stop: int) -> Tensor:
         """(9, operations) what changes for a stage from this start, before each operation from start to stop."""

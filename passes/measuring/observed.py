@@ -11,6 +11,7 @@ from autodecouple.graph import Graph, Measure
 from autodecouple.objectives.objective import Objective, Signal
 from autodecouple.passes.measure import HeadCost, head_cost
 from autodecouple.passes.measuring.charges import Amount, Charge, charged
+from autodecouple.passes.measuring.prices import Prices
 from autodecouple.passes.measuring.updates import charge_updates
 from autodecouple.plans import Plan, StageSpec, TensorSpec
 from autodecouple.schedules.actions import Op
@@ -41,9 +42,11 @@ def charge_observed(graph: Graph, plan: Plan, seconds: Seconds) -> Charge:
     updates = _updates(graph, plan, seconds)
     seconds = _without_recomputing(seconds) if plan.recompute else seconds
     amounts: dict[str, Amount] = {}
+    prices, ties = Prices.of(Charge(graph)), ["detached", *(cut.tie for cut in plan.cuts), "detached"]
     for stage in plan.stages:
-        coupled = stage.index > 0 and not plan.cuts[stage.index - 1].detached
-        amounts |= _amounts(graph.measures, stage, seconds, updates, coupled=coupled)
+        start = graph.measures[stage.nodes[0]].position
+        spent = prices.stage(start, start + len(stage.nodes), ties[stage.index], ties[stage.index + 1])
+        amounts |= _amounts(graph.measures, stage, seconds, updates, int(spent.backward.sum()))
     per_flop, per_byte = _scales_of_heads(plan, seconds)
 
     def head(objective: Objective, features: Sequence[TensorSpec], signal: Signal) -> HeadCost:
@@ -68,12 +71,10 @@ def _nanoseconds(stage: StageSpec, seconds: Seconds, op: Op) -> float:
 
 
 def _amounts(
-    measures: Mapping[str, Measure], stage: StageSpec, seconds: Seconds, updates: Mapping[str, int], *, coupled: bool
+    measures: Mapping[str, Measure], stage: StageSpec, seconds: Seconds, updates: Mapping[str, int], backward: int
 ) -> dict[str, Amount]:
-    start = -1 if coupled else measures[stage.nodes[0]].position
     found = {name: measures[name] for name in stage.nodes}
     forward = sum(measure.forward_flops for measure in found.values())
-    backward = sum(flops for measure in found.values() for at, flops in measure.backward_flops if at >= start)
     # a stage without FLOPs has nothing to share by: every node is alike
     per_forward = _nanoseconds(stage, seconds, Op.FORWARD) / (forward or len(found))
     per_backward = _nanoseconds(stage, seconds, Op.BACKWARD) / (backward or 1)

@@ -10,6 +10,29 @@ from torch import Tensor
 from autodecouple.passes.measuring.charges import Charge
 from autodecouple.passes.measuring.columns import columns
 
+Tie = str
+"""How a cut ties the stages beside it: "detached", "coupled" or "overlapping"."""
+
+
+@dataclass(frozen=True)
+class StagePrices:
+    """Costs of a stage's operations, (operations,) each.
+
+    returned: of the backward, what gives what was sent to the stage its gradient, where the stage does that apart from
+              its weights: beside a cut that overlaps. Before such a cut that way is taken twice: with the own loss, and
+              once more with both for the weights
+    """
+
+    forward: Tensor
+    backward: Tensor
+    returned: Tensor
+
+    @property
+    def returning(self) -> float:
+        """That part as a share of the whole backward."""
+        whole = int(self.backward.sum())
+        return int(self.returned.sum()) / whole if whole else 0.0
+
 
 @dataclass(frozen=True)
 class Prices:
@@ -36,3 +59,18 @@ class Prices:
         spent = torch.where(threshold >= begin, amount, 0)
         backward = torch.zeros(stop - start, dtype=torch.int64).index_add_(0, position - start, spent)
         return self.forward[start:stop], backward
+
+    @property
+    def inward(self) -> Tensor:
+        """(n,) which parts of the backward lead on to what is before: all but the weights' gradients."""
+        return self.backward[0] < self.backward[1]
+
+    def stage(self, start: int, stop: int, before: Tie, after: Tie) -> StagePrices:
+        """Of the operations from start to stop as a stage between two cuts, or the model's ends, which are detached."""
+        returns, twice = before != "detached", after == "overlapping"
+        forward, backward = self.between(start, stop, -1 if returns and not twice else start)
+        returned = torch.zeros_like(backward)
+        if returns and "overlapping" in (before, after):
+            within = self.inward & (start <= self.backward[1]) & (self.backward[1] < stop)
+            returned.index_add_(0, self.backward[1, within] - start, self.backward[2, within])
+        return StagePrices(forward, backward + returned if twice else backward, returned)

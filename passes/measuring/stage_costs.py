@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from autodecouple.graph import Graph
-from autodecouple.objectives.objective import Objective, Signal, at_cut, signal_of
+from autodecouple.objectives.objective import Objective, Signal, at_cut, signal_of, tie_of
 from autodecouple.passes.candidates import Candidate
 from autodecouple.passes.measure import HeadCost
 from autodecouple.passes.measuring.charges import Charge
@@ -20,15 +20,15 @@ from autodecouple.passes.measuring.floors import first_within
 from autodecouple.passes.measuring.head_costs import HeadCosts, HeadRuns
 from autodecouple.passes.measuring.lifetimes import Lifetimes
 from autodecouple.passes.measuring.memory import MemoryWalk
-from autodecouple.passes.measuring.prices import Prices
+from autodecouple.passes.measuring.prices import Prices, Tie
 from autodecouple.passes.measuring.stage_memory import OPTIMIZER_STATES, HeadMemory
 from autodecouple.passes.partitioning.runs import StageRuns
 from autodecouple.passes.partitioning.sums import RunSums
 from autodecouple.plans import Cut, Plan, StageSpec
 
-Kind = tuple[bool, bool, tuple[int, Signal] | None]
-"""Whether a stage is coupled to the one before and to the one behind, and its objective's id with what that compares
-with, None for the last."""
+Kind = tuple[Tie, Tie, tuple[int, Signal] | None]
+"""How a stage is tied to the one before and to the one behind, and its objective's id with what that compares with,
+None for the last."""
 
 
 class StageCosts:
@@ -49,7 +49,7 @@ class StageCosts:
         self.starts = [0, *(candidate.position + 1 for candidate in legal)]
         self.ends = [*(candidate.position for candidate in legal), len(self.nodes) - 1]
         self.heads = HeadCosts(legal, self.charge.head)
-        self._walks: dict[tuple[bool, bool], MemoryWalk] = {}  # by whether start and end are coupled
+        self._walks: dict[tuple[Tie, Tie], MemoryWalk] = {}  # by how start and end are tied
         self._head_runs: dict[tuple[int, Signal], HeadRuns] = {}  # by the objective's id and signal
         self._runs: dict[Kind, StageRuns] = {}
 
@@ -75,9 +75,9 @@ class StageCosts:
         return len(self._training)
 
     def kind(self, stage: int, objectives: Sequence[Objective]) -> Kind:
-        coupled = [False, *(objective.name == "bp" for objective in objectives), False]
+        ties = ["detached", *map(tie_of, objectives), "detached"]
         head = (id(objectives[stage]), self._signal(stage, objectives)) if stage < len(objectives) else None
-        return coupled[stage], coupled[stage + 1], head
+        return ties[stage], ties[stage + 1], head
 
     def _signal(self, stage: int, objectives: Sequence[Objective]) -> Signal:
         return signal_of(stage, objectives, self.graph.signal)
@@ -90,7 +90,8 @@ class StageCosts:
         return self._runs[kind]
 
     def _allowed(self, stage: int, objectives: Sequence[Objective]) -> StageRuns:
-        sums = self._sums[self.kind(stage, objectives)[0]]
+        before, after, _ = self.kind(stage, objectives)
+        sums = self._sums[0 if before == "detached" else 2 if after == "overlapping" else 1]
         if stage == len(objectives):
             end, start, head = torch.tensor([[len(self.legal)], [0], [self.charge.criterion]])
             runs = StageRuns(sums, end, start, self._last_starts[end], head)
@@ -106,11 +107,12 @@ class StageCosts:
         return Prices.of(self.charge)
 
     @cached_property
-    def _sums(self) -> tuple[RunSums, RunSums]:
-        """Prices of the operations, after a detached cut and after a coupled one.
+    def _sums(self) -> tuple[RunSums, RunSums, RunSums]:
+        """Prices of the operations, after a detached cut, after one that a gradient comes back over, and between two
+        such cuts the later of which overlaps: `Prices.stage`.
 
         The backward of what a threshold lies behind is spent by stages that begin early enough to hold the parameter
-        behind that input; after a coupled cut always.
+        behind that input; where it comes back always.
         """
         threshold, position, backward = self._prices.backward
         first, last = self._segments(threshold), self._segments(position)
@@ -118,7 +120,9 @@ class StageCosts:
         plain = self._added(self._segments(torch.arange(len(self.nodes))), self._prices.forward)
         detached = plain + self._added(last[within], backward[within])
         spanning = torch.stack([first, last, backward], dim=1)
-        return RunSums(detached, spanning[across]), RunSums(plain + self._added(last, backward), spanning[:0])
+        returned = self._added(last[self._prices.inward], backward[self._prices.inward])
+        attached = RunSums(plain + self._added(last, backward), spanning[:0])
+        return RunSums(detached, spanning[across]), attached, RunSums(detached + returned, spanning[across])
 
     def _segments(self, positions: Tensor) -> Tensor:
         return torch.bucketize(positions, torch.tensor(self.starts), right=True) - 1
@@ -197,15 +201,22 @@ class StageCosts:
     def _cut(self, begin: int, end: int, objective: Objective) -> Cut:
         """A legal cut as the end of the stage that begins there."""
         features = self.legal[end].features(self.starts[begin])
-        detached = objective.name != "bp"
-        cut = dataclasses.replace(self.cuts[end], features=features, detached=detached, encodes=objective.encodes)
+        kind = tie_of(objective)
+        cut = dataclasses.replace(
+            self.cuts[end],
+            features=features,
+            detached=kind != "coupled",
+            overlaps=kind == "overlapping",
+            encodes=objective.encodes,
+        )
         return at_cut(objective, cut)[1]
 
     def _stage(self, index: int, begin: int, end: int, objectives: Sequence[Objective]) -> StageSpec:
         start, stop = self.starts[begin], self.ends[end] + 1
-        last, coupled = index == len(objectives), self.kind(index, objectives)[0]
+        last, (before, after, _) = index == len(objectives), self.kind(index, objectives)
         head = HeadCost(0, 0, 0) if last else self.head(index, end, begin, objectives)
-        forward, backward = self._prices.between(start, stop, -1 if coupled else start)
+        prices = self._prices.stage(start, stop, before, after)
+        forward, backward = prices.forward, prices.backward
         parameters = [p for position in range(start, stop) for p in self.first_uses.get(position, [])]
         weights = sum(map(_num_bytes, parameters))
         memory = self.memory(index, objectives).stages(begin, end, end)
@@ -228,6 +239,7 @@ class StageCosts:
             modules=self._extents.whole(start, stop),
             costliest_node=self.nodes[start + costliest].name,
             costliest_flops=int(forward[costliest] + backward[costliest]),
+            returning=prices.returning,
         )
 
     @cached_property
