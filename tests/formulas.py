@@ -276,6 +276,11 @@ def downstream(objective: Any, weights: Weights, given: Given) -> tuple[Tensor, 
     return given.criterion(logits, given.labels), None
 
 
+def loco(objective: Any, weights: Weights, given: Given) -> tuple[Tensor, Told]:
+    """Xiong and others: any local loss; whom it trains is the plan's to say."""
+    return FORMULAS[objective.local.name](objective.local, weights, given)
+
+
 FORMULAS: dict[str, Formula] = {
     "supcon": supcon,
     "deinforeg": deinforeg,
@@ -285,6 +290,7 @@ FORMULAS: dict[str, Formula] = {
     "infonce": infonce,
     "infopro": infopro,
     "associated": associated,
+    "loco": loco,
     "downstream": downstream,
 }
 """By the objective's name; `auto` is one of them, and `bp` has no loss of its own."""
