@@ -59,6 +59,8 @@ def normalised(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def layers(weights: Weights, rows: Tensor, activation: Callable[[Tensor], Tensor] = torch.relu) -> Tensor:
     """Layers numbered in a sequence: matrices, batch normalisations, and activations where a number has no weights."""
+    if "weight" in weights:  # one layer alone
+        weights = {f"0.{name}": value for name, value in weights.items()}
     numbers = sorted({int(name.split(".")[0]) for name in weights})
     for number in range(numbers[-1] + 1 if numbers else 0):
         if number not in numbers:
@@ -141,7 +143,7 @@ def supcon(objective: Any, weights: Weights, given: Given) -> tuple[Tensor, Told
 def deinforeg(objective: Any, weights: Weights, given: Given) -> tuple[Tensor, Told]:
     """The paper's three terms as the code takes them, of rows of length 1; the cross-entropy by its mode."""
     rows, projector = pooled(given.features, given.mask), under("projector.", weights)
-    activation = torch.relu if given.features.ndim == 4 else torch.tanh
+    activation = torch.relu if projector else torch.tanh  # as the code has it for images, and for tokens
     embedded = layers(projector, rows)
     n = F.normalize(embedded)
     c, (number, width) = n - n.mean(0), n.shape
@@ -274,6 +276,11 @@ def downstream(objective: Any, weights: Weights, given: Given) -> tuple[Tensor, 
     return given.criterion(logits, given.labels), None
 
 
+def loco(objective: Any, weights: Weights, given: Given) -> tuple[Tensor, Told]:
+    """Xiong and others: any local loss; whom it trains is the plan's to say."""
+    return FORMULAS[objective.local.name](objective.local, weights, given)
+
+
 FORMULAS: dict[str, Formula] = {
     "supcon": supcon,
     "deinforeg": deinforeg,
@@ -283,6 +290,7 @@ FORMULAS: dict[str, Formula] = {
     "infonce": infonce,
     "infopro": infopro,
     "associated": associated,
+    "loco": loco,
     "downstream": downstream,
 }
 """By the objective's name; `auto` is one of them, and `bp` has no loss of its own."""

@@ -17,7 +17,7 @@ import copy
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from autodecouple.objectives import (
     Downstream,
     EarlyExit,
     InfoPro,
+    LoCo,
     PredSim,
     SupCon,
 )
@@ -74,10 +75,16 @@ VARIANTS: dict[str, Any] = {
     "auto poor": Auto(budget=1e-9),
     "mixed": ["associated", "supcon", "associated"],
     "coupled": ["infopro", "bp", "early_exit"],
+    "overlapping": [LoCo(first=True), "bp", LoCo(SupCon())],
 }
 """Other choices of objectives, and objectives beside each other."""
 CASES = [*itertools.product(FAMILIES, NAMES), *itertools.product(FAMILIES, VARIANTS)]
-QUICK = {(family, name) for index, family in enumerate(FAMILIES) for name in NAMES[index :: len(FAMILIES)]}
+QUICK = {
+    *(("cnn", name) for name in ("supcon", "predsim", "infopro", "auto")),
+    *(("lstm", name) for name in ("dgl", "infonce", "loco", "bp")),
+    *(("transformer", name) for name in ("deinforeg", "early_exit", "associated")),
+}
+"""Each objective once; those of the model's own blocks take longer."""
 
 
 def slow_but(quick: Any, cases: Sequence[Any]) -> list[Any]:
@@ -97,38 +104,56 @@ def test_every_objective_has_its_formula() -> None:
 
 
 def told_by_plan(loss: Any, plan: Plan) -> list[Any]:
-    """The objective of each hidden stage; what `auto` chose is in the plan."""
+    """The objective of each hidden stage: the one that was asked for, or what the plan says was made of it."""
     asked = list(loss) if isinstance(loss, list) else [loss] * len(plan.cuts)
-    chosen = [stage.objective for stage in plan.stages]
-    return [
-        OBJECTIVES[name]() if isinstance(each, str) or each.name == "auto" else each
-        for each, name in zip(asked, chosen, strict=False)
-    ]
+    pairs = zip(asked, [stage.objective for stage in plan.stages[:-1]], strict=True)
+    return [OBJECTIVES[name]() if getattr(each, "name", "") != name else each for each, name in pairs]
+
+
+def trained_by(plan: Plan, top: int) -> range:
+    """The stages that the loss of a stage trains: its own, those coupled to it, and the one before that overlaps."""
+    first = top
+    while first > 0 and plan.coupled_after(first - 1):
+        first -= 1
+    return range(first - int(first > 0 and plan.overlaps_after(first - 1)), top + 1)
+
+
+def stages_with_loss(plan: Plan) -> list[int]:
+    return [stage.index for stage in plan.stages if not plan.coupled_after(stage.index)]
 
 
 def losses_by_hand(
     model: ByHand,
-    objectives: list[Any],
-    heads: list[dict[str, Tensor]],
+    plan: Plan,
+    tails: Sequence[tuple[Any, dict[str, Tensor]]],
     x: Tensor,
     y: Tensor,
     criterion: Any = F.cross_entropy,
 ) -> list[Tensor | None]:
-    """Stage after stage with the user's own modules; what crosses is cut free, but where the objective is backprop."""
-    h, told, losses = x, None, list[Tensor | None]()
-    for index, (objective, weights) in enumerate(zip(objectives, heads, strict=True)):
-        h = model.block(BLOCKS[model.family][index], h, x)
-        if objective.name == Backprop.name:
+    """For every stage with a loss a forward of the stages that it trains, with the user's own modules, from features
+    that are cut free; tails: the objective and the weights of each hidden stage's head."""
+    losses, blocks = list[Tensor | None](), BLOCKS[model.family]
+    told: Tensor | None = None
+    with torch.no_grad():
+        entering = [x]
+        for name in blocks[:-1]:
+            entering.append(model.block(name, entering[-1], x))
+    for top in range(len(blocks)):
+        if top not in stages_with_loss(plan):
             losses.append(None)
             continue
-        depth = index / (len(objectives) - 1)
-        mine = Given(h, model.mask(x), y, x, depth, told if objective.encodes else None, model, criterion)
+        h = entering[trained_by(plan, top).start]
+        for stage in trained_by(plan, top):
+            h = model.block(blocks[stage], h, x)
+        if top == len(tails):
+            losses.append(criterion(model.end(h, x), y))
+            continue
+        objective, weights = tails[top]
+        mine = Given(h, model.mask(x), y, x, top / (len(tails) - 1), told if objective.encodes else None, model, criterion)
         loss, code = FORMULAS[objective.name](objective, weights, mine)
         told = code if objective.encodes else told
         losses.append(loss)
-        h = h.detach()
-    h = model.block(BLOCKS[model.family][-1], h, x)
-    return [*losses, criterion(model.end(h, x), y)]
+    return losses
 
 
 def descend(parameters: list[Tensor], losses: list[Tensor | None], rate: float) -> None:
@@ -156,12 +181,13 @@ def check_formula(family: str, loss: Any, batches: list[tuple[Tensor, Tensor]], 
 
     with compiled(family, loss, exact=True, optimizer=descent, **options) as decoupled:
         mine = ByHand(family, copy.deepcopy(decoupled.model).train())
-        objectives = told_by_plan(loss, decoupled.plan)
+        plan = decoupled.plan
         heads = [{n: w.requires_grad_() for n, w in head.items()} for head in heads_of(decoupled)]
         parameters = [*mine.model.parameters(), *(w for head in heads for w in head.values())]
+        tails = list(zip(told_by_plan(loss, plan), heads, strict=True))
         for x, y in batches:
             found = decoupled.train_step(x, y).losses
-            expected = losses_by_hand(mine, objectives, heads, x, y, criterion or F.cross_entropy)
+            expected = losses_by_hand(mine, plan, tails, x, y, criterion or F.cross_entropy)
             for one, other in zip(found, expected, strict=True):
                 assert one == (other if other is None else pytest.approx(other.item(), rel=1e-10, abs=1e-10))
             descend(parameters, expected, rate)
@@ -175,7 +201,7 @@ def check_formula(family: str, loss: Any, batches: list[tuple[Tensor, Tensor]], 
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("family, name", slow_but(QUICK, CASES))
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=2, deadline=None)
 @given(rows=st.lists(st.integers(2, 9), min_size=2, max_size=2), seed=st.integers(0, 2**16))
 def test_every_stage_is_trained_by_the_formula(family: str, name: str, rows: list[int], seed: int) -> None:
     """To 1e-10 in float64, on any batches."""
@@ -229,16 +255,6 @@ def test_two_views_of_rows_of_their_own_classes_are_simclrs_batch() -> None:
 # 2. No loss reaches another stage
 
 
-def stages_of_losses(plan: Plan) -> dict[int, set[int]]:
-    """Of every stage that has a loss, the stages that it trains: its own, and those that are coupled to it."""
-    found, group = dict[int, set[int]](), set[int]()
-    for stage in range(len(plan.stages)):
-        group = {*group, stage}
-        if not plan.coupled_after(stage):
-            found[stage], group = group, set()
-    return found
-
-
 def trained_by_backprop(program: Program) -> set[str]:
     model = program.model()
     F.cross_entropy(program.call(model), torch.arange(4) % 3).backward()
@@ -249,36 +265,78 @@ def check_isolation(program: Program, decoupled: Any, trained: set[str]) -> None
     """Each loss reaches the parameters of its stage, all of them, its head's, and no others: by autograd."""
     inputs, y = bind(decoupled.graph, program.inputs()), torch.arange(4) % 3
     losses, _ = decoupled._compiled.module(*inputs, y, Randomness(0))
-    codes, allowed = decoupled._compiled.codes, stages_of_losses(decoupled.plan)
+    plan, codes = decoupled.plan, decoupled._compiled.codes
     names = {id(p): name for name, p in decoupled.model.named_parameters()}
     bodies = [{names[id(p)] for p in code.body.parameters() if p.requires_grad} & trained for code in codes]
-    heads = [list(code.head.parameters()) if code.head is not None else [] for code in codes]
-    model = [p for p in decoupled.model.parameters() if p.requires_grad]
-    for loss, (index, stages) in zip(losses, allowed.items(), strict=True):
-        found = torch.autograd.grad(loss, model, retain_graph=True, allow_unused=True)
-        reached = {names[id(p)] for p, gradient in zip(model, found, strict=True) if gradient is not None}
-        assert reached == set().union(*(bodies[stage] for stage in stages)), index
-        for stage, parameters in enumerate(heads):
-            if parameters:
-                found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-                assert all((gradient is not None) == (stage == index) for gradient in found), (index, stage)
+    for loss, top in zip(losses, stages_with_loss(plan), strict=True):
+        reached = {names[id(p)] for p in with_gradient(loss, decoupled.model)}
+        assert reached == set().union(*(bodies[stage] for stage in trained_by(plan, top))), top
+        for stage, code in enumerate(codes):
+            if code.head is not None:
+                whole = [p for p in code.head.parameters() if p.requires_grad]
+                assert len(with_gradient(loss, code.head)) == (len(whole) if stage == top else 0), (top, stage)
     assert set().union(*bodies) == trained
 
 
-def check_every_objective_isolated(program: Program, n_stages: int, mixed: list[str]) -> int:
-    """One capture, each objective alone and some beside each other; how many could be compiled."""
-    trained, count = trained_by_backprop(program), 0
+def with_gradient(loss: Tensor, module: nn.Module) -> list[nn.Parameter]:
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) if parameters else []
+    return [p for p, gradient in zip(parameters, found, strict=True) if gradient is not None]
+
+
+class Noted(torch.optim.SGD):
+    """Changes nothing, and remembers whether it was given a gradient."""
+
+    was_given = False
+
+    def __init__(self, params: list[nn.Parameter]) -> None:
+        super().__init__(params, lr=0.0)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        parameters = (p for group in self.param_groups for p in group["params"])
+        self.was_given = any(p.grad is not None and bool(p.grad.any()) for p in parameters)
+
+
+def silent(head: Any) -> Any:
+    """The head with a loss that says nothing."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        loss, signal = head(*args, **kwargs)
+        return 0 * loss, signal
+
+    return run
+
+
+def check_overlapping(program: Program, compile_it: Callable[[], Any]) -> None:
+    """Where stages overlap it is they, and no graph, that stop a gradient: with one loss at a time, whom it reaches."""
+    with compile_it() as first:
+        plan = first.plan
+    for top in stages_with_loss(plan):
+        with compile_it() as decoupled:
+            for stage in decoupled.stages:
+                if stage.run_head is not None and stage.index != top:
+                    stage.run_head = silent(stage.run_head)
+            decoupled.train_step(program.inputs(), torch.arange(4) % 3)
+            reached = {stage.index for stage in decoupled.stages if stage.optimizer and stage.optimizer.was_given}
+        assert top in reached <= set(trained_by(plan, top))
+
+
+def check_every_objective_isolated(program: Program, n_stages: int, mixed: list[str]) -> None:
+    """One capture, each objective alone and some beside each other."""
+    trained = trained_by_backprop(program)
     graph = autodecouple.capture(program.model(), program.inputs())
     for loss in (*NAMES, mixed[: n_stages - 1]):
-        options: dict[str, Any] = {"devices": ["cpu"], "executor": "inline"}
+        options: dict[str, Any] = {"devices": ["cpu"], "executor": "inline", "optimizer": Noted}
+        compile_it = functools.partial(autodecouple.compile, graph, n_stages, loss, **options)
         try:
-            decoupled = autodecouple.compile(graph, n_stages, loss, **options)
+            decoupled = compile_it()
         except (InputError, PartitionError):  # too few cuts, or, of InfoNCE, none with positions
             continue
-        with decoupled:
+        if any(cut.overlaps for cut in decoupled.plan.cuts):
+            check_overlapping(program, compile_it)
+        else:
             check_isolation(program, decoupled, trained)
-        count += 1
-    return count
+        decoupled.close()
 
 
 SWEEP: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck)}
@@ -290,14 +348,14 @@ GRAPHS = {
 
 
 @pytest.mark.timeout(120)
-@settings(max_examples=3, **SWEEP)
+@settings(max_examples=1, **SWEEP)
 @given(**GRAPHS)
 def test_no_loss_reaches_another_stage(program: Program, n_stages: int, mixed: list[str]) -> None:
     check_every_objective_isolated(program, n_stages, mixed)
 
 
 @pytest.mark.slow
-@settings(max_examples=40, **SWEEP)
+@settings(max_examples=15, **SWEEP)
 @given(**GRAPHS)
 def test_no_loss_reaches_another_stage_of_many(program: Program, n_stages: int, mixed: list[str]) -> None:
     check_every_objective_isolated(program, n_stages, mixed)
@@ -326,7 +384,7 @@ def test_streaming_equals_sequential_at_every_depth(name: str, depth: int) -> No
 # 4. The last stage
 
 
-@pytest.mark.parametrize("name", LOCAL)
+@pytest.mark.parametrize("name", [LOCAL[0], *(pytest.param(name, marks=pytest.mark.slow) for name in LOCAL[1:])])
 def test_a_detached_classifier_gives_the_last_stage_nothing(name: str) -> None:
     """SCPL's last stage has a loss of its own; the classifier, on detached features, is one more unit."""
     with compiled("cnn", name, cut_at=(), detach_classifier=True) as decoupled:
