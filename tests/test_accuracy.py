@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tiny(name: str, folder: Path, **fields: Any) -> tuple[recipes.Recipe, data.Data]:
-    small = {"train_rows": 32, "test_rows": 16, "epochs": 1, "batch": 16, "words": 40, "length": 5} | fields
+    small = {"train_rows": 32, "test_rows": 16, "epochs": 1, "batch": 16, "words": 40, "length": 5, "heads": 2} | fields
     recipe = dataclasses.replace(recipes.QUICK[name], **small)
     read = dict(words=recipe.words, length=recipe.length)
     return recipe, data.load(recipe.dataset, folder, recipe.train_rows, recipe.test_rows, **read)

@@ -45,10 +45,12 @@ class Downstream:
     blocks: int = 2
     budget: float | None = 1.0
     weights: str = "fresh"
+    sampling: str = "fitting"
 
     def __post_init__(self) -> None:
         check_positive(blocks=self.blocks, budget=self.budget)
         check_choice("weights", self.weights, ("fresh", "copied"))
+        check_choice("sampling", self.sampling, ("fitting", "even"))
 
     def count(self, position: float, remaining: int) -> int:
         """How many blocks a head has: position is the share of the model's blocks in front of the cut."""

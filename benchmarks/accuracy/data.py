@@ -29,8 +29,8 @@ Batch = tuple[Tensor, Tensor]
 class Data:
     """Training and test rows.
 
-    Images are float32 (N, C, H, W), mean 0 and deviation 1 per channel of the training rows; texts int64 (N, T) with
-    0 as padding and 1 for what the vocabulary lacks; targets int64 (N,).
+    Images are float32 (N, C, H, W), channels last in memory, mean 0 and deviation 1 per channel of the training rows;
+    texts int64 (N, T) with 0 as padding and 1 for what the vocabulary lacks; targets int64 (N,).
 
     words: size of the vocabulary, which is made of the training rows alone; None for images
     """
@@ -61,7 +61,7 @@ class Data:
     def _epoch(self, rows: int, chance: torch.Generator, augment: bool) -> Iterator[Batch]:
         for index in torch.randperm(len(self.train_x), generator=chance).split(rows):
             x = self.train_x[index]
-            yield (files.crop_flip(x, chance) if augment else x), self.train_y[index]
+            yield _laid_out(files.crop_flip(x, chance) if augment else x), self.train_y[index]
 
     def test_batches(self, rows: int = 500) -> Iterator[Batch]:
         return zip(self.test_x.split(rows), self.test_y.split(rows), strict=True)
@@ -99,4 +99,9 @@ def load(
 def _as_32(images: Tensor) -> Tensor:
     """Smaller images get a frame: VGG halves them four times."""
     missing = 32 - images.shape[-1]
-    return F.pad(images, [missing // 2, missing - missing // 2] * 2) if missing > 0 else images
+    return _laid_out(F.pad(images, [missing // 2, missing - missing // 2] * 2) if missing > 0 else images)
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    """Convolutions in bfloat16 take a third of the time on a processor with the channels last."""
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x

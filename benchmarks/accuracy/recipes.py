@@ -43,6 +43,8 @@ class Recipe:
     augment:    crop and flip
     layers:     of LSTM and Transformer, beside the embedding
     words, length: of texts: the vocabulary's size, and the words that are kept of each
+    heads:      of attention
+    precision:  "float32", or "bfloat16" for mixed precision by autocast
     """
 
     network: str
@@ -60,6 +62,8 @@ class Recipe:
     layers: int = 3
     words: int = 30_000
     length: int = 256
+    heads: int = 6
+    precision: str = "float32"
 
     def model(self, data: Data) -> nn.Module:
         """Its weights drawn from torch's default generator."""
@@ -69,7 +73,7 @@ class Recipe:
             width, vocabulary = round(self.width), data.words
             if self.network == "lstm":
                 return models.lstm(vocabulary, classes, width, self.layers)
-            return models.transformer(vocabulary, classes, width, self.layers, num_heads=_heads(width))
+            return models.transformer(vocabulary, classes, width, self.layers, self.heads)
         build = {"vgg": models.vgg, "resnet18": models.resnet18, "resnet32": models.resnet32}[self.network]
         return build(classes, data.train_x.shape[1], self.width)
 
@@ -79,11 +83,6 @@ class Recipe:
     def make_schedule(self, optimizer: torch.optim.Optimizer, rows: int) -> Any:
         """rows: of an epoch."""
         return SCHEDULES[self.schedule](optimizer, self.rate, self.epochs * -(-rows // self.batch))
-
-
-def _heads(width: int) -> int:
-    """Of attention: as many as the papers' six where the width allows."""
-    return next(heads for heads in (6, 4, 2, 1) if width % heads == 0)
 
 
 def _images(network: str, dataset: str = "cifar10", width: float = 1.0) -> Recipe:
@@ -108,14 +107,15 @@ FULL = {
 
 
 def _quick_images(network: str, width: float, dataset: str = "cifar10") -> Recipe:
-    rows = 10_000
-    return Recipe(network, dataset, width, rows, None, 6, 128, "sgd", 0.1, "one_cycle", 5e-4, augment=True)
+    return Recipe(
+        network, dataset, width, 10_000, None, 4, 128, "sgd", 0.1, "one_cycle", 5e-4, augment=True, precision="bfloat16"
+    )
 
 
 def _quick_texts(network: str, dataset: str = "imdb") -> Recipe:
-    rows, tests = 10_000, 10_000
-    sizes = {"words": 10_000, "length": 100}
-    return Recipe(network, dataset, 48, rows, tests, 4, 64, "adam", 2e-3, "one_cycle", **sizes)
+    return Recipe(
+        network, dataset, 32, 10_000, 10_000, 4, 64, "adam", 2e-3, "one_cycle", words=10_000, length=80, heads=2
+    )
 
 
 QUICK = {

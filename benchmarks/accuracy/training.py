@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,7 @@ def train(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = data.to(device)
     torch.manual_seed(seed)
-    model = recipe.model(data).to(device)
+    model = recipe.model(data).to(device, memory_format=torch.channels_last if data.train_x.ndim == 4 else None)
     n_stages = 1 if method == BACKPROP else n_stages
     with _learner(recipe, data, model, method, n_stages, seed, options) as learner:
         if watch is not None:
@@ -165,7 +165,8 @@ def _learner(
         share = sum(stage.head_flops for stage in stages) / sum(stage.flops for stage in stages)
 
         def step(x: Tensor, y: Tensor) -> Sequence[float]:
-            return [loss for loss in decoupled.train_step(x, y).losses if loss is not None]
+            with _precision(recipe, x.device):
+                return [loss for loss in decoupled.train_step(x, y).losses if loss is not None]
 
         yield Learner(model, data.train_x.device, step, decoupled.optimizers, share)
         decoupled.synchronize()
@@ -178,10 +179,16 @@ def _backprop(recipe: Recipe, data: Data, model: nn.Module) -> Learner:
 
     def step(x: Tensor, y: Tensor) -> Sequence[float]:
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), y)
+        with _precision(recipe, x.device):
+            loss = F.cross_entropy(model(x), y)
         loss.backward()
         optimizer.step()
         scheduler.step()
         return [loss.item()]
 
     return Learner(model, data.train_x.device, step, [optimizer])
+
+
+def _precision(recipe: Recipe, device: torch.device) -> AbstractContextManager[object]:
+    """For one step: what autocast has cast of the weights it keeps until it is left."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")

@@ -10,6 +10,7 @@ from torch import fx
 
 from autodecouple.graph import LEAF, Graph
 from autodecouple.passes.candidates import Candidate
+from autodecouple.passes.downstream.selection import Form
 from autodecouple.passes.downstream.units import Extent, find_units
 
 
@@ -70,6 +71,15 @@ class Chain:
     def tails_behind(self, position: int) -> tuple[Segment, ...]:
         """The tails that begin behind a position, the longest first."""
         return tuple(tail for tail in self.tails if tail.start > position)
+
+    def crossing(self, position: int) -> fx.Node | None:
+        """What crosses behind a position, where it is the only tensor with a gradient."""
+        return self._maker.entries.get(position + 1)
+
+    def form(self, node: fx.Node | None) -> Form:
+        """What two tensors have in common if one can be taken as the other; nothing has the form of None."""
+        spec = self._maker.graph.measures[node.name].value if node is not None else None
+        return (spec.shape, spec.dtype, spec.batch_dim) if spec is not None else None
 
     def rest(self, position: int) -> Segment | None:
         """What is left, behind a position, up to the next block or to the output layers.

@@ -10,6 +10,7 @@ from torch import fx
 from autodecouple.graph import Graph
 from autodecouple.objectives.downstream import Downstream, sampled
 from autodecouple.passes.downstream.chain import Chain, Segment
+from autodecouple.passes.downstream.selection import Block, select
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,29 @@ def choose_route(chain: Chain, objective: Downstream, position: int, most_flops:
     most = objective.count(passed, len(behind) + counted)
     least = min(1, most)
     choices = [(count, tails[0]) for count in range(most, least - 1, -1)] + [(least, tail) for tail in tails[1:]]
-    routes = [Route((*first, *_sampled(behind, count - counted), tail)) for count, tail in choices]
+    start = chain.crossing(position) if rest is None else rest.leaving
+    choose = _Choice(chain, start, behind, objective.sampling)
+    routes = [Route((*first, *choose(count - counted, tail), tail)) for count, tail in choices]
     fitting = [route for route in routes if most_flops is None or route.flops <= most_flops]
     return fitting[0] if fitting else routes[most - least]
 
 
-def _sampled(blocks: Sequence[Segment], count: int) -> list[Segment]:
-    return [blocks[index] for index in sampled(count, len(blocks))]
+@dataclass(frozen=True)
+class _Choice:
+    """Chooses among the blocks behind a cut; start: the tensor that enters the first one."""
+
+    chain: Chain
+    start: fx.Node | None
+    behind: Sequence[Segment]
+    sampling: str
+
+    def __call__(self, count: int, tail: Segment) -> list[Segment]:
+        indices = sampled(count, len(self.behind))
+        if self.sampling == "fitting" and 0 < count < len(self.behind):
+            form = self.chain.form
+            blocks = [Block(form(block.entry), form(block.leaving)) for block in self.behind]
+            indices = select(form(self.start), blocks, form(tail.entry), indices)
+        return [self.behind[index] for index in indices]
 
 
 def total_flops(graph: Graph) -> int:
