@@ -164,6 +164,7 @@ def test_the_first_rank_may_write_into_its_inputs_again() -> None:
 # ---------------------------------------------------------------- what is read, kept and loaded
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_a_state_goes_over_between_ranks_and_one_process() -> None:
     """Three batches on ranks, three in one process, and the other way round: as six in one process. A second reading

@@ -41,6 +41,7 @@ def test_quickstart(example, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
 
 
+@pytest.mark.slow
 def test_vision_tables_every_method(example, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     methods = ["bp", "supcon", "deinforeg:alpha=0", "early_exit:pool=1,hidden=None"]
     options = shlex.split("--rows 200 --epochs 1 --threads 1 --devices cpu,cpu --amp bf16")
@@ -60,7 +61,7 @@ def test_vision_pads_digits_for_vgg(example) -> None:
     assert result.stages == 4 and 0 <= result.accuracy <= 1
 
 
-@pytest.mark.parametrize("model", ["lstm", "transformer"])
+@pytest.mark.parametrize("model", ["lstm", pytest.param("transformer", marks=pytest.mark.slow)])
 def test_text_cuts_both_networks_into_four(example, model: str) -> None:
     options = shlex.split(f"--model {model} --width 12 --rows 200 --epochs 1 --threads 1")
     backprop, supcon = example("text").main(options)

@@ -41,7 +41,9 @@ def compiled(family: str, loss: Any, schedule: Any = "sequential", **options: An
     return families.compiled(family, loss, schedule, lanes, cut_at=CUTS[family], **{"optimizer": sgd, **options})
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [name if name == "cnn" else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_loss_falls(family: str, name: str) -> None:
     def adam(params: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -50,7 +50,7 @@ def check_floors(graph: Graph, share: float, recompute: bool) -> None:
             assert bool((needs[: int(first[end]), end][: end + 1] > limit).all())
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(programs(without=("lstm",)), st.sampled_from((0.2, 0.5, 0.8, 1.0)), st.booleans())
 def test_what_a_floor_rules_out_is_too_large(program: Program, share: float, recompute: bool) -> None:
     check_floors(annotate(capture(program.model(), program.inputs())), share, recompute)

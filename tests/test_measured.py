@@ -151,6 +151,7 @@ def test_timing_leaves_no_trace() -> None:
     assert all(torch.equal(a, b) for a, b in zip(example, EXAMPLE, strict=True))
 
 
+@pytest.mark.slow
 @SWEEP
 @given(programs())
 def test_any_model_can_be_timed_and_does_not_notice(program: Program) -> None:

@@ -286,6 +286,7 @@ def check_activations(program: Program, n_stages: int) -> None:
         received = {n: v.detach() if isinstance(v := values[n], Tensor) else v for n in code.sends}
 
 
+@pytest.mark.slow
 @SWEEP
 @given(programs(without=("lstm",)), st.integers(1, 4))
 def test_activations_are_what_autograd_saves(program: Program, n_stages: int) -> None:

@@ -219,7 +219,9 @@ NETWORKS: dict[str, tuple[Any, torch.Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name", [name if name == "residual_cnn" else pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS]
+)
 def test_the_papers_networks_are_balanced_as_well_as_can_be(name: str) -> None:
     """In four stages with SupCon's own heads: no choice of the legal cuts has a cheaper slowest stage."""
     make, inputs = NETWORKS[name]

@@ -69,6 +69,7 @@ def values(outcomes: Sequence[Outcome]) -> list[Any]:
 # ---------------------------------------------------------------- any ranks
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_a_run_goes_on_with_any_number_of_ranks(tmp_path: Path) -> None:
     """Four ranks, two, one, and two again: as one process that never stopped, half an accumulation included."""

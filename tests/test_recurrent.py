@@ -177,6 +177,7 @@ def run(model: nn.Module, module: nn.Module, x: Tensor) -> list[Tensor]:
 # --- laws -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(cases(), st.booleans())
 def test_layers_one_by_one_are_the_fused_layers(case: Case, training: bool) -> None:
     """Outputs, gradients, and the masks that dropout draws, to the last bit, at any batch size, in both modes; no node

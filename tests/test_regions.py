@@ -492,6 +492,7 @@ class Switches(nn.Module):
         return self.last(x)
 
 
+@pytest.mark.slow
 def test_stages_with_branches_stream() -> None:
     """Several threads run conditions at once: torch's own kernel traces the branch at each call and fails there."""
     batches: list[Batch] = [(batch(rows, 8), torch.arange(rows) % 2) for rows in (4, 6, 5, 4)]

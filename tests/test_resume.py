@@ -84,6 +84,7 @@ def comparable_history(history: list[Epoch]) -> list[dict[str, Any]]:
 KINDS = ["in order", "shuffled", "own generator", "sampler", "noisy"]
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @example(kind="shuffled", rows=17, epochs=2, every=2, stops=[3, 4], executor="inline", validation=True)
 @example(kind="own generator", rows=17, epochs=2, every=1, stops=[3, 6], executor="inline", validation=False)
