@@ -22,7 +22,7 @@ LAYERS: tuple[set[str], ...] = (
     {"halves", "hops", "replication", "stage", "stage_state", "stashing", "work"},
     {"backends"},
     {"executors"},
-    {"options", "pipeline", "optimizers", "states", "flat", "replanning", "walk", "exits"},
+    {"options", "pipeline", "refusals", "optimizers", "states", "flat", "replanning", "walk", "exits"},
     {"parts", "storage", "files", "checkpoints", "epochs", "loops", "fitting"},
     {"api", "decoupled"},
     {"__init__"},
