@@ -89,7 +89,9 @@ def test_every_method_begins_with_the_same_weights(folder: Path, monkeypatch: py
     losses = {}
     for method in ("bp", "early_exit"):
         found = weights.setdefault(method, [])
-        result = training.train(recipe, rows, method, 2, watch=lambda m: found.extend(p.clone() for p in m.parameters()))
+        result = training.train(
+            recipe, rows, method, 2, watch=lambda m: found.extend(p.clone() for p in m.parameters())
+        )
         losses[method] = result.losses[-1]
     assert all(map(torch.equal, *weights.values()))
     assert losses["bp"] == pytest.approx(losses["early_exit"], rel=1e-5)

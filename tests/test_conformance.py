@@ -149,7 +149,9 @@ def losses_by_hand(
             losses.append(criterion(model.end(h, x), y))
             continue
         objective, weights = tails[top]
-        mine = Given(h, model.mask(x), y, x, top / (len(tails) - 1), told if objective.encodes else None, model, criterion)
+        mine = Given(
+            h, model.mask(x), y, x, top / (len(tails) - 1), told if objective.encodes else None, model, criterion
+        )
         loss, code = FORMULAS[objective.name](objective, weights, mine)
         told = code if objective.encodes else told
         losses.append(loss)

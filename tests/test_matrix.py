@@ -107,7 +107,9 @@ def check_ranks(family: str, name: str, schedules: list[str]) -> None:
             assert_same(found.state, wanted.state, schedule)
             mine = [[a for a in losses if a is not None] for losses in found.losses]
             own = placed(plan_of(family, name, 2), SCHEDULES[schedule]).lanes[number]
-            assert mine == [[loss for s in own if (loss := losses[s]) is not None] for losses in wanted.losses], schedule
+            assert mine == [[loss for s in own if (loss := losses[s]) is not None] for losses in wanted.losses], (
+                schedule
+            )
     assert_same([found.outputs for found in outcomes[-1].value], [expected(family, name, s).outputs for s in schedules])
 
 
