@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import threading
+import time
 from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +27,7 @@ from training_tools import (
     comparable,
     compiled,
     delays,
+    hold_until,
     make_batches,
     make_model,
     sgd,
@@ -394,6 +397,27 @@ def test_reading_a_step_does_not_end_the_stream(executor: str) -> None:
         assert_same(comparable(decoupled.state_dict()), unread.state)
 
 
+def test_who_waits_ends_the_stream_even_if_a_batch_comes_meanwhile() -> None:
+    """As after Ctrl-C in a wait: where the stream ends does not depend on how far the lanes have come."""
+    batches = make_batches("plain", [8] * 8)
+    expected = train_waiting(compiled("plain", 3, "bp", schedule="pipedream", executor="inline"), batches, (3,))
+    go = threading.Event()
+    options: dict[str, Any] = {"schedule": PipeDream(queue_depth=9), "executor": "streams"}
+    with compiled("plain", 3, "bp", **options) as decoupled, before_actions(hold_until(go)):
+        for x, y in batches[:4]:
+            decoupled.train_step(x, y)
+        board = decoupled._compiled.executor._board  # type: ignore[attr-defined]
+        waiting = threading.Thread(target=decoupled.synchronize)
+        waiting.start()
+        while board._waited_for < 3:
+            time.sleep(0.001)
+        for x, y in batches[4:]:
+            decoupled.train_step(x, y)
+        go.set()
+        waiting.join(60)
+        assert_same(comparable(decoupled.state_dict()), expected.state)
+
+
 def test_a_saved_state_goes_on_to_the_bit() -> None:
     """Saving waits for all batches, in the run that is saved as well."""
     batches = make_batches("dropout", [8] * 8)
@@ -512,6 +536,22 @@ def test_a_batch_that_is_skipped_leaves_nothing_behind(executor: str) -> None:
     assert all(torch.isfinite(value).all() for value in found.state["model"].values())
     assert [stage["skipped"] for stage in found.state["stages"]] == [1, 1, 1, 1]
     assert [step[-1] is not None and step[-1] == step[-1] for step in found.losses] == [t != 3 for t in range(9)]
+
+
+def test_a_batch_that_is_skipped_leaves_an_accumulation_alone() -> None:
+    """Batches 0 and 2 make the one update that there is, at the weights of the beginning."""
+    batches = make_batches("plain", [8] * 3)
+    model = make_model("plain")
+    expected = [parameter.detach().clone() for parameter in model.parameters()]
+    for x, y in batches[::2]:
+        gradients = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), list(model.parameters()))
+        expected = [value - 0.1 * gradient / 2 for value, gradient in zip(expected, gradients, strict=True)]
+    spoiled = [(x * torch.nan if t == 1 else x, y) for t, (x, y) in enumerate(batches)]
+    options: dict[str, Any] = {"on_nonfinite": "skip", "accumulate": 2, "executor": "inline"}
+    options["optimizer"] = lambda parameters: torch.optim.SGD(parameters, lr=0.1)
+    found = train(compiled("plain", 3, "bp", schedule="pipedream", **options), spoiled).state["model"]
+    for (name, _), value in zip(model.named_parameters(), expected, strict=True):
+        torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("executor", ["inline", "streams"])

@@ -188,9 +188,9 @@ class _Board:
 
     def drain(self) -> None:
         with self._lock:
-            self._waited_for = max(self._jobs, default=self._waited_for)
+            self._waited_for = last = max(self._jobs, default=self._waited_for)
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._jobs)
+            self._changed.wait_for(lambda: not any(index <= last for index in self._jobs))
             self._raise_error()
 
     def close(self) -> None:
