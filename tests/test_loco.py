@@ -101,8 +101,14 @@ def train_by_hand(
     return history
 
 
-@pytest.mark.parametrize("optimizer", [sgd, adam])
-@pytest.mark.parametrize("loss", ["loco", LoCo(SupCon(hidden=8, out=4)), FIRST], ids=repr)
+def slow(*case: Any) -> Any:
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("loss", "optimizer"),
+    [("loco", adam), (FIRST, sgd), slow("loco", sgd), slow(LoCo(SupCon(hidden=8, out=4)), adam), slow(FIRST, adam)],
+)
 def test_every_stage_is_trained_by_two_losses_as_by_hand(loss: Any, optimizer: Any) -> None:
     """In float64, to 1e-10 after ten batches, heads included."""
     batches = make_batches("plain", [8] * 8 + [3, 1])
@@ -134,8 +140,13 @@ class Noted(torch.optim.SGD):
         self.seen = [gradient.clone() for gradient in given if gradient is not None]
 
 
-@pytest.mark.parametrize("loss", ["loco", FIRST, [FIRST, "loco", "supcon", "loco", "bp"]], ids=repr)
-@pytest.mark.parametrize("executor", ["inline", "streams"])
+MIXED = [FIRST, "loco", "supcon", "loco", "bp"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "executor"),
+    [("loco", "streams"), (MIXED, "inline"), slow("loco", "inline"), slow(FIRST, "streams"), slow(MIXED, "streams")],
+)
 def test_a_loss_reaches_its_own_stage_and_the_one_before_and_no_other(loss: Any, executor: str) -> None:
     """Law 2, with the one exception that LoCo is: dL_j / dtheta_k is zero unless j is k or k+1."""
     ((x, y),) = make_batches("norm", [8])
@@ -179,10 +190,10 @@ def test_two_stages_are_one_unit_and_that_is_backpropagation() -> None:
     ("lanes", "schedule"),
     [
         (4, Streaming()),
-        (4, Streaming(queue_depth=1)),
-        (3, Streaming(barrier=True)),
-        (4, MicroBatched(3)),
-        (2, Streaming()),
+        (3, MicroBatched(3)),
+        slow(4, Streaming(queue_depth=1)),
+        slow(3, Streaming(barrier=True)),
+        slow(2, Streaming()),
     ],
 )
 def test_overlapping_stages_equal_one_after_the_other(lanes: int, schedule: Schedule) -> None:
@@ -212,9 +223,7 @@ def test_a_gradient_that_comes_before_the_own_backward_waits_for_the_weights() -
     assert_same(found, expected)
 
 
-@pytest.mark.parametrize(
-    "local", [Downstream(), Auto(), InfoPro(), SupCon(), "mixed"], ids=lambda value: getattr(value, "name", value)
-)
+@pytest.mark.parametrize("local", [Downstream(), "mixed", slow(Auto()), slow(InfoPro()), slow(SupCon())])
 def test_any_local_objective_will_do(local: Any) -> None:
     loss = [FIRST, "associated", LoCo(SupCon())] if local == "mixed" else LoCo(local)
     batches = make_batches("norm", [8, 8, 3])
