@@ -1,7 +1,7 @@
 """Every objective under every schedule that its plan takes, on every executor, on three families of models.
 
 Each cell trains a few batches to what the same schedule gives inline, to the last bit, and gives every parameter of the
-model and of the heads a gradient. Objectives and schedules are those of the registries: new ones are cells by themselves.
+model and of the heads a gradient. Objectives and schedules are those of the registries; new ones are cells, too.
 
     inline     the same schedule in one thread: what the others must equal; detached, that is the sequential order
     streams    four lanes, a thread each
@@ -18,7 +18,6 @@ import pytest
 import torch
 from families import BLOCKS, FAMILIES, batch, captured, compiled
 from rank_tools import run_ranks
-from torch import nn
 from training_tools import Result, assert_same, sgd, train
 
 import autodecouple
@@ -107,7 +106,9 @@ def check_ranks(family: str, name: str, schedules: list[str]) -> None:
             assert_same(found.state, wanted.state, schedule)
             mine = [[a for a in losses if a is not None] for losses in found.losses]
             own = placed(plan_of(family, name, 2), SCHEDULES[schedule]).lanes[number]
-            assert mine == [[loss for s in own if (loss := losses[s]) is not None] for losses in wanted.losses], schedule
+            assert mine == [[loss for s in own if (loss := losses[s]) is not None] for losses in wanted.losses], (
+                schedule
+            )
     assert_same([found.outputs for found in outcomes[-1].value], [expected(family, name, s).outputs for s in schedules])
 
 
