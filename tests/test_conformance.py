@@ -398,6 +398,15 @@ def test_a_detached_classifier_gives_the_last_stage_nothing(name: str) -> None:
         assert {id(p) for p in codes[-2].body.parameters()}.isdisjoint(reached)
 
 
+def test_a_classifier_that_is_to_be_detached_and_coupled_is_refused() -> None:
+    """It was coupled, without a word."""
+    for loss in ("bp", ["supcon", "supcon", "supcon", "bp"]):
+        with pytest.raises(InputError, match="detach_classifier=True trains the classifier on detached features"):
+            autodecouple.plan(captured("cnn")[0], n_stages=4, loss=loss, detach_classifier=True, devices=["cpu"])
+    plan = autodecouple.plan(captured("cnn")[0], n_stages=3, loss=["bp", "bp", "supcon"], detach_classifier=True)
+    assert [cut.detached for cut in plan.cuts] == [False, False, True]
+
+
 # 5. Associated Learning's inference
 
 
