@@ -111,6 +111,12 @@ class Wish:
             raise PlanError(f"the plan has {len(plan.stages)} stages, but n_stages={n_stages}")
         hidden = n_stages if detach_classifier and plan is None else n_stages - 1
         found = objectives.resolve(loss, hidden)
+        if hidden == n_stages and found[-1].name == "bp":
+            raise InputError(
+                f"detach_classifier={detach_classifier!r} trains the classifier on detached features, but"
+                ' loss="bp" couples it to the stage before it: leave one of the two out, or name a local loss for that'
+                ' stage, the last of a list, like "supcon"'
+            )
         recompute = recompute or (plan is not None and plan.recompute)
         levers = tuple(cut_at), memory_limit, tuple(no_split), detach_classifier
         return Wish(n_stages, found, lanes, *levers, plan, cost, recompute, optimizer)

@@ -257,7 +257,7 @@ class Pipeline:
             for objective in self._local
         )
         if needs_classes or not self.criterion.own:
-            check_classes(target, rows, self.signal)
+            check_classes(target, rows, self.signal, per_row=self.criterion.own)
         elif isinstance(target, torch.Tensor) and target.ndim and target.shape[0] != rows:
             raise InputError(f"the target has {target.shape[0]} rows, but the batch has {rows}")
 

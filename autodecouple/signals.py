@@ -17,21 +17,25 @@ def describe(target: Any) -> TensorSpec | None:
     return spec_of("target", target, 0) if isinstance(target, torch.Tensor) and target.ndim else None
 
 
-def check_classes(target: Any, rows: int, signal: TensorSpec) -> None:
-    """Raises InputError unless the target holds class indices that fit the batch and the signal."""
+def check_classes(target: Any, rows: int, signal: TensorSpec, per_row: bool = True) -> None:
+    """Raises InputError unless the target holds class indices that fit the batch and the signal.
+
+    per_row: whether one label per row will do where the signal has one per token or position: heads take that, and so
+             may a criterion of the user's; the default one does not
+    """
     if target is None:
         raise InputError("the target is missing: train_step(inputs, target) needs class indices for every row")
     if not isinstance(target, torch.Tensor):
         raise InputError(f"the target must be a tensor of class indices, but is {type(target).__name__}")
-    if target.ndim not in (1, len(signal.shape)) or target.shape[0] != rows:
-        forms = " or ".join(dict.fromkeys((f"({rows},)", _form(signal, rows))))
+    if target.ndim not in ({1, len(signal.shape)} if per_row else {len(signal.shape)}) or target.shape[0] != rows:
+        forms = " or ".join(dict.fromkeys((*([f"({rows},)"] if per_row else []), _form(signal, rows))))
         raise InputError(
             f"the target has shape {tuple(target.shape)}, but the batch has {rows} rows: pass class indices of shape"
             f" {forms}"
         )
     if target.dtype != torch.int64:
         raise InputError(f"the target must be int64 class indices, but is {target.dtype}: pass target.long()")
-    if signal.num_classes is not None and target.ndim == len(signal.shape):
+    if signal.num_classes is not None:
         _check_range(target, signal.num_classes)
 
 

@@ -105,12 +105,32 @@ def test_a_target_of_another_form_is_refused() -> None:
     example = (inputs_of("pixels", torch.Generator().manual_seed(0)),)
     with autodecouple.compile(Segmenter(), 2, example_inputs=example, devices=["cpu"]) as decoupled:
         x, y = batches("pixels")[0]
-        with pytest.raises(InputError, match=r"shape \(6, 8\), but .* \(6,\) or \(6, 8, 8\)"):
+        with pytest.raises(InputError, match=r"shape \(6, 8\), but .* class indices of shape \(6, 8, 8\)"):
             decoupled.train_step(x, y[:, 0])
         with pytest.raises(InputError, match="class 3, but the model's output has 3 classes"):
             decoupled.train_step(x, y + (y == 2).long())
         with pytest.raises(InputError, match="class -1"):
             decoupled.train_step(x, y.clamp(min=-1))
+
+
+def test_labels_of_rows_are_refused_where_the_default_criterion_needs_one_per_token() -> None:
+    """Its error came from within torch, when earlier stages had been trained on the batch."""
+    x, y = batches("tokens")[0][0], torch.arange(ROWS) % CLASSES
+    with autodecouple.compile(Tagger(), 3, LOSSES[2], example_inputs=(x,), devices=["cpu"], optimizer=sgd) as decoupled:
+        before = {name: value.clone() for name, value in decoupled.model.state_dict().items()}
+        with pytest.raises(InputError, match=r"shape \(6,\), but .* class indices of shape \(6, 5\)"):
+            decoupled.train_step(x, y)
+        assert all(torch.equal(value, before[name]) for name, value in decoupled.model.state_dict().items())
+
+
+def test_labels_of_rows_have_the_models_classes_where_heads_classify_tokens() -> None:
+    """A class too many was an IndexError in a stage's thread, where labels per token were checked beforehand."""
+    x, y = batches("tokens")[0][0], torch.tensor([0, 1, 2, 7, 0, 1])
+    options: dict[str, Any] = {"criterion": lambda output, target: F.cross_entropy(output.mean(1), target)}
+    with autodecouple.compile(Tagger(), 3, LOSSES[2], example_inputs=(x,), devices=["cpu"], **options) as decoupled:
+        with pytest.raises(InputError, match="class 7, but the model's output has 3 classes"):
+            decoupled.train_step(x, y)
+        assert decoupled.train_step(x, y.clamp(max=2)).losses
 
 
 def test_one_capture_serves_many_plans() -> None:

@@ -1,7 +1,7 @@
 """Every objective under every schedule that its plan takes, on every executor, on three families of models.
 
 Each cell trains a few batches to what the same schedule gives inline, to the last bit, and gives every parameter of the
-model and of the heads a gradient. Objectives and schedules are those of the registries: new ones are cells by themselves.
+model and of the heads a gradient. Objectives and schedules are those of the registries; new ones are cells, too.
 
     inline     the same schedule in one thread: what the others must equal; detached, that is the sequential order
     streams    four lanes, a thread each
@@ -18,7 +18,6 @@ import pytest
 import torch
 from families import BLOCKS, FAMILIES, batch, captured, compiled
 from rank_tools import run_ranks
-from torch import nn
 from training_tools import Result, assert_same, sgd, train
 
 import autodecouple

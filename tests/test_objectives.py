@@ -417,6 +417,9 @@ def test_resolve_repeats_one_and_takes_one_per_hidden_stage() -> None:
     [
         ("supcom", "did you mean 'supcon'.*supcon, deinforeg, early_exit, .*bp"),
         ("zzz", "'zzz' is not known; There are: supcon"),
+        ("SCPL", "did you mean 'supcon'"),
+        ("backprop", "did you mean 'bp'"),
+        ("supcon, dgl,bp", r"did you mean a list, \['supcon', 'dgl', 'bp'\]"),
         (["supcon"] * 2, "2 objectives, but 4 stages have 3 hidden"),
         (SupCon, r"SupCon is a class; pass an objective: SupCon\(\)"),
         (nn.CrossEntropyLoss(), "is no objective: it needs name, encodes and head"),

@@ -29,7 +29,7 @@ from training_tools import (
 
 from autodecouple.decoupled import Decoupled
 from autodecouple.executors.job import Job
-from autodecouple.objectives import EarlyExit, SupCon
+from autodecouple.objectives import OBJECTIVES, EarlyExit, SupCon
 from autodecouple.schedules import GPipe, MicroBatched, OneFOneB, Schedule, Sequential, Streaming
 from autodecouple.schedules.actions import Action, Op
 
@@ -199,7 +199,7 @@ def test_every_coupled_order_equals_sequential(num_hidden: int, **case: Any) -> 
 
 @pytest.mark.slow
 @given(
-    loss=st.lists(st.sampled_from(HIDDEN), max_size=5),
+    loss=st.lists(st.sampled_from(list(OBJECTIVES)), max_size=5),
     lanes=st.integers(1, 4),
     schedule=detached_schedules(),
     executor=st.just("streams"),

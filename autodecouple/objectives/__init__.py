@@ -74,9 +74,26 @@ def _one(loss: object) -> Objective:
     return loss  # type: ignore[return-value]
 
 
+PAPERS = {
+    "scpl": "supcon",
+    "al": "associated",
+    "associated learning": "associated",
+    "gim": "infonce",
+    "greedy infomax": "infonce",
+    "auglocal": "downstream",
+    "branchynet": "early_exit",
+    "cross_entropy": "early_exit",
+    "backprop": "bp",
+    "backpropagation": "bp",
+}
+"""What the papers call some of them."""
+
+
 def _named(name: str) -> Objective:
     if name in OBJECTIVES:
         return OBJECTIVES[name]()
-    close = difflib.get_close_matches(name.lower(), OBJECTIVES, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
+    close = difflib.get_close_matches(name.lower(), [*OBJECTIVES, *PAPERS], n=1)
+    hint = f"did you mean {PAPERS.get(close[0], close[0])!r}? " if close else ""
+    if "," in name:
+        hint = f"did you mean a list, {[each.strip() for each in name.split(',')]}? "
     raise InputError(f"loss={name!r} is not known; {hint}There are: {', '.join(OBJECTIVES)}")
