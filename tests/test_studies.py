@@ -53,7 +53,7 @@ class Layers(nn.Module):
         return self.classifier(x)
 
 
-@pytest.mark.parametrize("loss", ["bp", "supcon", "early_exit"])
+@pytest.mark.parametrize("loss", ["bp", "supcon"])
 def test_gradient_norms_are_what_plain_descent_moves_by(loss: str) -> None:
     """Without momentum a step moves a parameter by its gradient times the learning rate."""
     rate, model, y = 0.25, Layers(), torch.arange(12) % 3

@@ -61,10 +61,11 @@ class Cost:
 
 
 def lines(quick: bool, methods: Sequence[str] = METHODS) -> tuple[Line, ...]:
-    """With Adam, whose states the plans count."""
+    """With Adam and in float32, as the plans count."""
     recipes = {name: (QUICK if quick else FULL)[name] for name in NETWORKS}
     columns = {method: method for method in methods}
-    return tuple(Line(name, dataclasses.replace(each, optimizer="adam"), columns) for name, each in recipes.items())
+    how: dict[str, Any] = {"optimizer": "adam", "precision": "float32"}
+    return tuple(Line(name, dataclasses.replace(each, **how), columns) for name, each in recipes.items())
 
 
 def run(line: Line, seed: int, ground: Ground) -> list[Cost]:
