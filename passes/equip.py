@@ -63,6 +63,9 @@ class _Offer:
     def _chosen(self, auto: Auto) -> Objective:
         share, signal = self._share(auto.budget), self.graph.signal
         has_classes = signal.dtype == "int64" and (self.criterion is None or self.graph.target is not None)
+        if has_classes and signal.num_classes is not None and self._classifies_texts:
+            self.notes.append("loss='auto' is 'early_exit', since the model gives a text one label")
+            return OBJECTIVES["early_exit"]()
         if share <= auto.budget or not has_classes:
             why = f"heads take about {share:.0%} of a stage" if has_classes else "it takes whatever the criterion does"
             self.notes.append(f"loss='auto' is 'downstream', since {why}; {self._found}")
@@ -75,6 +78,12 @@ class _Offer:
     def _downstream(self, objective: Downstream) -> BoundDownstream:
         most = None if objective.budget is None else objective.budget * self._average
         return BoundDownstream(objective, self.graph, self.chain, most, self.criterion)
+
+    @property
+    def _classifies_texts(self) -> bool:
+        """Whether token indices (N, T) enter and every row has one label."""
+        tokens = [spec for spec in self.graph.inputs if spec.dtype.startswith("int") and len(spec.shape) == 2]
+        return bool(tokens) and len(self.graph.signal.shape) == 1
 
     @cached_property
     def chain(self) -> Chain:

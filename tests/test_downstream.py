@@ -601,6 +601,13 @@ def test_auto_takes_downstream_within_its_budget_and_says_so() -> None:
         assert any("'auto' is 'downstream'" in note and "5 blocks" in note for note in decoupled.plan.warnings)
 
 
+def test_auto_takes_a_classifier_of_texts() -> None:
+    """One label per text; a language model has one per token."""
+    for kind, expected in (("transformer", "early_exit"), ("lstm", "early_exit"), ("language", "downstream")):
+        _, graph, _ = captured(kind)
+        assert autodecouple.plan(graph, n_stages=2, loss="auto", devices=["cpu"]).stages[0].objective == expected
+
+
 def test_auto_takes_a_classifier_where_heads_would_cost_too_much() -> None:
     _, graph, _ = captured("cnn")
     plan = autodecouple.plan(graph, n_stages=3, loss=Auto(budget=1e-6), devices=["cpu"])
