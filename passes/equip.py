@@ -21,6 +21,9 @@ Criterion = Callable[[Any, Any], Tensor] | None
 CLASSIFIERS = ("dgl", "early_exit")
 """Objectives that classify at every stage, the better one first."""
 
+MOST_PARTS = 4
+"""More stages than these do not make heads smaller: what a head must do stays the same."""
+
 
 def equip(
     objectives: Sequence[Objective],
@@ -95,8 +98,8 @@ class _Offer:
 
     @cached_property
     def _average(self) -> float:
-        """FLOPs of a stage, heads apart."""
-        return total_flops(self.graph) / self.n_stages
+        """FLOPs of a stage, heads apart; of one of four where there are more."""
+        return total_flops(self.graph) / min(self.n_stages, MOST_PARTS)
 
     def _share(self, budget: float) -> float:
         """FLOPs of the head in the middle of the blocks, as a share of an average stage's."""

@@ -20,7 +20,7 @@ class Auto:
     `downstream` where a head of one block and the output layers keeps the budget, or where targets are no classes;
     else a classifier at every stage; where nothing tells the number of classes, `supcon`.
 
-    budget: most FLOPs of a head, as a share of an average stage's
+    budget: most FLOPs of a head, as `Downstream` has it
 
     What it was chosen by: the tables of benchmarks/accuracy.
     """
@@ -29,7 +29,7 @@ class Auto:
     encodes: ClassVar[bool] = False
     needs_graph: ClassVar[bool] = True
 
-    budget: float = 2.0
+    budget: float = 1.0
 
     def __post_init__(self) -> None:
         check_positive(budget=self.budget)

@@ -26,8 +26,8 @@ class Downstream:
 
     blocks:   of a head behind the model's beginning; of a later one fewer, max(1, round(blocks (1 - r) + r)) with r
               half the share of the model's blocks in front of the cut, and never more than follow
-    budget:   most FLOPs of a head, as a share of an average stage's; blocks are left out until it is kept or one is
-              left. None: no limit
+    budget:   most FLOPs of a head, as a share of an average stage's, or of a quarter of the model where there are more
+              than four stages; blocks are left out until it is kept or one is left. None: no limit
     weights:  "copied": as the model's own are. With all blocks the stages then train as backprop trains the model,
               step by step: every head stays what follows its cut. "fresh": rows and columns of the model's weights in
               random order, so that their scale and orthogonality are kept
@@ -46,7 +46,7 @@ class Downstream:
     needs_graph: ClassVar[bool] = True
 
     blocks: int = 2
-    budget: float | None = 2.0
+    budget: float | None = 1.0
     weights: str = "copied"
     sampling: str = "fitting"
 

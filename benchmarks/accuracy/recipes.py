@@ -15,7 +15,6 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 import models
-
 from accuracy.data import Data
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {

@@ -22,7 +22,6 @@ import autodecouple
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 import compare
-
 from accuracy.data import Batch, Data
 from accuracy.memory import kept_by, peak_bytes
 from accuracy.recipes import Recipe
