@@ -47,7 +47,9 @@ def test_blocks_of_one_form_are_at_equal_distances(remaining: int, data: st.Data
 def test_resolution_falls_by_the_blocks_that_lower_it() -> None:
     """Three groups of four: the first block of the second and of the third lead from the first group to the output."""
     fine, middle, coarse = "16x32x32", "32x16x16", "64x8x8"
-    groups = [(fine, fine)] * 3 + [(fine, middle)] + [(middle, middle)] * 3 + [(middle, coarse)] + [(coarse, coarse)] * 3
+    groups = (
+        [(fine, fine)] * 3 + [(fine, middle)] + [(middle, middle)] * 3 + [(middle, coarse)] + [(coarse, coarse)] * 3
+    )
     blocks = [Block(*forms) for forms in groups]
     assert select(fine, blocks, coarse, sampled(2, len(blocks))) == (3, 7)
     assert select(fine, blocks, coarse, sampled(3, len(blocks)))[:2] == (3, 7)
