@@ -21,6 +21,9 @@ Criterion = Callable[[Any, Any], Tensor] | None
 CLASSIFIERS = ("dgl", "early_exit")
 """Objectives that classify at every stage, the better one first."""
 
+MOST_PARTS = 4
+"""More stages than these do not make heads smaller: what a head must do stays the same."""
+
 
 def equip(
     objectives: Sequence[Objective],
@@ -65,6 +68,9 @@ class _Offer:
     def _chosen(self, auto: Auto) -> Objective:
         share, signal = self._share(auto.budget), self.graph.signal
         has_classes = signal.dtype == "int64" and (self.criterion is None or self.graph.target is not None)
+        if has_classes and signal.num_classes is not None and self._classifies_texts:
+            self.notes.append("loss='auto' is 'early_exit', since the model gives a text one label")
+            return OBJECTIVES["early_exit"]()
         if share <= auto.budget or not has_classes:
             why = f"heads take about {share:.0%} of a stage" if has_classes else "it takes whatever the criterion does"
             self.notes.append(f"loss='auto' is 'downstream', since {why}; {self._found}")
@@ -78,6 +84,12 @@ class _Offer:
         most = None if objective.budget is None else objective.budget * self._average
         return BoundDownstream(objective, self.graph, self.chain, most, self.criterion)
 
+    @property
+    def _classifies_texts(self) -> bool:
+        """Whether token indices (N, T) enter and every row has one label."""
+        tokens = [spec for spec in self.graph.inputs if spec.dtype.startswith("int") and len(spec.shape) == 2]
+        return bool(tokens) and len(self.graph.signal.shape) == 1
+
     @cached_property
     def chain(self) -> Chain:
         memo = self.graph.memo
@@ -88,8 +100,8 @@ class _Offer:
 
     @cached_property
     def _average(self) -> float:
-        """FLOPs of a stage, heads apart."""
-        return total_flops(self.graph) / self.n_stages
+        """FLOPs of a stage, heads apart; of one of four where there are more."""
+        return total_flops(self.graph) / min(self.n_stages, MOST_PARTS)
 
     def _share(self, budget: float) -> float:
         """FLOPs of the head in the middle of the blocks, as a share of an average stage's."""

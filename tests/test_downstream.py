@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -436,6 +437,37 @@ def test_every_family_trains(kind: str) -> None:
     assert all(last < first for first, last in zip(losses[0], losses[-1], strict=True))
 
 
+@pytest.mark.parametrize("kind", ["cnn", "lstm", "language", "perceptron"])
+def test_with_every_block_copied_training_is_backprops(kind: str) -> None:
+    """Each head stays what follows its cut, step by step: that is why copied weights close the gap."""
+    make, x, y, criterion = MODELS[kind]
+    torch.manual_seed(5)
+    model = make().train()
+    twin = copy.deepcopy(model)
+    sgd = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+    cuts = {"cut_at": CUTS[kind], "devices": ["cpu"], "schedule": "sequential", "criterion": criterion}
+    loss = Downstream(blocks=99, budget=None, weights="copied")
+    with autodecouple.compile(model, 3, loss, example_inputs=x, optimizer=sgd, **cuts) as decoupled:
+        losses = [decoupled.train_step(x, y).losses for _ in range(5)]
+    optimizer, expected = sgd(twin.parameters()), []
+    for _ in range(5):
+        optimizer.zero_grad()
+        task = (criterion or nn.CrossEntropyLoss())(twin(x), y)
+        task.backward()
+        optimizer.step()
+        expected.append((task.item(),) * 3)
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(dict(model.state_dict()), dict(twin.state_dict()), rtol=1e-3, atol=1e-4)
+
+
+CUTS = {
+    "cnn": ("layers.0", "layers.2"),
+    "lstm": ("lstm_layer0_output", "lstm_layer1_output"),
+    "language": ("h.0", "h.2"),
+    "perceptron": ("2", "4"),
+}
+
+
 @pytest.mark.parametrize("kind", list(MODELS))
 def test_every_parameter_has_a_gradient_of_its_own_stages_loss_and_of_no_other(kind: str) -> None:
     """By autograd, of the whole graph with the plan in it."""
@@ -567,6 +599,13 @@ def test_auto_takes_downstream_within_its_budget_and_says_so() -> None:
     with decoupled_of("cnn", loss="auto") as decoupled:
         assert {stage.objective for stage in decoupled.plan.stages} == {"downstream", "criterion"}
         assert any("'auto' is 'downstream'" in note and "5 blocks" in note for note in decoupled.plan.warnings)
+
+
+def test_auto_takes_a_classifier_of_texts() -> None:
+    """One label per text; a language model has one per token."""
+    for kind, expected in (("transformer", "early_exit"), ("lstm", "early_exit"), ("language", "downstream")):
+        _, graph, _ = captured(kind)
+        assert autodecouple.plan(graph, n_stages=2, loss="auto", devices=["cpu"]).stages[0].objective == expected
 
 
 def test_auto_takes_a_classifier_where_heads_would_cost_too_much() -> None:

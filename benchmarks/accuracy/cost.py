@@ -61,10 +61,11 @@ class Cost:
 
 
 def lines(quick: bool, methods: Sequence[str] = METHODS) -> tuple[Line, ...]:
-    """With Adam, whose states the plans count."""
+    """With Adam and in float32, as the plans count."""
     recipes = {name: (QUICK if quick else FULL)[name] for name in NETWORKS}
     columns = {method: method for method in methods}
-    return tuple(Line(name, dataclasses.replace(each, optimizer="adam"), columns) for name, each in recipes.items())
+    how: dict[str, Any] = {"optimizer": "adam", "precision": "float32"}
+    return tuple(Line(name, dataclasses.replace(each, **how), columns) for name, each in recipes.items())
 
 
 def run(line: Line, seed: int, ground: Ground) -> list[Cost]:
@@ -104,8 +105,10 @@ def _planned(line: Line, method: str, seed: int, rows: Data) -> tuple[int, int, 
     torch.manual_seed(seed)
     model, example = line.recipe.model(rows), rows.train_x[: line.recipe.batch]
     _, objective = compare.method(method)
+    n_stages, cut_at = (line.n_stages if objective else 1), line.recipe.cut_at
     how: dict[str, Any] = {"example_inputs": example, "schedule": "sequential", "devices": ["cpu"], "seed": seed}
-    with autodecouple.compile(model, line.n_stages if objective else 1, objective or BACKPROP, **how) as decoupled:
+    how |= {"cut_at": cut_at if len(cut_at) == n_stages - 1 else ()}
+    with autodecouple.compile(model, n_stages, objective or BACKPROP, **how) as decoupled:
         stages, heads = decoupled.plan.stages, [stage.code.head for stage in decoupled.stages[:-1]]
     used = sum(map(_exit_parameters, heads))
     exits = sum(parameter.numel() for parameter in model.parameters()) + used if used else 0

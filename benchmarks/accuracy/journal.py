@@ -16,13 +16,18 @@ def once(path: Path | None, settings: dict[str, Any], make: Callable[[], Outcome
     The file is whole at any time, and may hold what others have entered with settings of their own.
     """
     plain = json.loads(json.dumps(settings))
-    entries = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else []
-    for entry in entries:
+    for entry in _entries(path):
         if entry["settings"] == plain and "outcome" in entry:
             return dict(entry["outcome"])
     outcome = make()
     if path is not None:
+        entries = [*_entries(path), {"settings": plain, "outcome": outcome}]  # read again: others may have written
         draft = path.with_suffix(".part")
-        draft.write_text(json.dumps([*entries, {"settings": plain, "outcome": outcome}], indent=1), encoding="utf-8")
+        draft.write_text(json.dumps(entries, indent=1), encoding="utf-8")
         draft.replace(path)
     return outcome
+
+
+def _entries(path: Path | None) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else []
+    return found

@@ -12,7 +12,7 @@ from accuracy.studies import Ground, Line, depth
 from accuracy.training import BACKPROP, train
 from tools.rounds import table
 
-METHODS = (BACKPROP, "supcon", "auto")
+METHODS = (BACKPROP, "early_exit")
 MODULES = "12"
 
 

@@ -15,7 +15,6 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 import models
-
 from accuracy.data import Data
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -27,6 +26,9 @@ SCHEDULES: dict[str, Callable[[Any, float, int], Any]] = {
     "cosine": lambda optimizer, rate, steps: CosineAnnealingLR(optimizer, steps, eta_min=rate / 100),
     "constant": lambda optimizer, rate, steps: LambdaLR(optimizer, lambda step: 1.0),
 }
+
+LAYERS = ("embedding", "layers.0", "layers.1")
+"""After each layer of a text's network, as in the papers: so few of them leave a compiler little to choose."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Recipe:
     words, length: of texts: the vocabulary's size, and the words that are kept of each
     heads:      of attention
     precision:  "float32", or "bfloat16" for mixed precision by autocast
+    cut_at:     where to cut into as many stages as that makes; otherwise, and where empty, the compiler chooses
     """
 
     network: str
@@ -64,6 +67,7 @@ class Recipe:
     length: int = 256
     heads: int = 6
     precision: str = "float32"
+    cut_at: tuple[str, ...] = ()
 
     def model(self, data: Data) -> nn.Module:
         """Its weights drawn from torch's default generator."""
@@ -90,7 +94,7 @@ def _images(network: str, dataset: str = "cifar10", width: float = 1.0) -> Recip
 
 
 def _texts(network: str, dataset: str = "imdb") -> Recipe:
-    return Recipe(network, dataset, 300, None, None, 50, 128, "adam", 1e-3, "constant")
+    return Recipe(network, dataset, 300, None, None, 50, 128, "adam", 1e-3, "constant", cut_at=LAYERS)
 
 
 FULL = {
@@ -114,8 +118,9 @@ def _quick_images(network: str, width: float, dataset: str = "cifar10") -> Recip
 
 def _quick_texts(network: str, dataset: str = "imdb") -> Recipe:
     return Recipe(
-        network, dataset, 32, 10_000, 10_000, 4, 64, "adam", 2e-3, "one_cycle", words=10_000, length=80, heads=2
-    )
+        network, dataset, 32, 10_000, 10_000, 4, 64, "adam", 2e-3, "one_cycle", words=10_000, length=80, heads=2,
+        cut_at=LAYERS,
+    )  # fmt: skip
 
 
 QUICK = {

@@ -9,9 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from accuracy.data import Data
-from accuracy.recipes import Recipe
-from accuracy.training import BACKPROP, Result, train
+from accuracy.training import BACKPROP, Result
 
 METHODS = (
     BACKPROP, "auto", "downstream", "infopro", "dgl", "predsim", "supcon", "deinforeg", "associated", "early_exit",

@@ -22,7 +22,6 @@ import autodecouple
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 import compare
-
 from accuracy.data import Batch, Data
 from accuracy.memory import kept_by, peak_bytes
 from accuracy.recipes import Recipe
@@ -156,10 +155,11 @@ def _learner(
     _, objective = compare.method(method)
     assert objective is not None
     device = str(data.train_x.device)
+    cut_at = recipe.cut_at if len(recipe.cut_at) == n_stages - 1 else ()
     with autodecouple.compile(
         model, n_stages, dataclasses.replace(objective, **options), example_inputs=data.train_x[: recipe.batch],
         optimizer=recipe.make_optimizer, scheduler=lambda of: recipe.make_schedule(of, len(data.train_y)),
-        schedule="sequential", devices=[device], seed=seed,
+        schedule="sequential", devices=[device], cut_at=cut_at, seed=seed,
     ) as decoupled:  # fmt: skip
         stages = decoupled.plan.stages
         share = sum(stage.head_flops for stage in stages) / sum(stage.flops for stage in stages)
