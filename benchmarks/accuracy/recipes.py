@@ -27,8 +27,12 @@ SCHEDULES: dict[str, Callable[[Any, float, int], Any]] = {
     "constant": lambda optimizer, rate, steps: LambdaLR(optimizer, lambda step: 1.0),
 }
 
-LAYERS = ("embedding", "layers.0", "layers.1")
-"""After each layer of a text's network, as in the papers: so few of them leave a compiler little to choose."""
+CUTS = {
+    "vgg": ("blocks.0", "blocks.1", "blocks.2"),
+    "lstm": ("embedding", "layers.0", "layers.1"),
+    "transformer": ("embedding", "layers.0", "layers.1"),
+}
+"""Of the papers: after each pooling, and after each layer of a text's network. Those of the ResNets are chosen."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +94,14 @@ class Recipe:
 
 
 def _images(network: str, dataset: str = "cifar10", width: float = 1.0) -> Recipe:
-    return Recipe(network, dataset, width, None, None, 200, 128, "sgd", 0.1, "one_cycle", 5e-4, augment=True)
+    return Recipe(
+        network, dataset, width, None, None, 200, 128, "sgd", 0.1, "one_cycle", 5e-4, augment=True,
+        cut_at=CUTS.get(network, ()),
+    )  # fmt: skip
 
 
 def _texts(network: str, dataset: str = "imdb") -> Recipe:
-    return Recipe(network, dataset, 300, None, None, 50, 128, "adam", 1e-3, "constant", cut_at=LAYERS)
+    return Recipe(network, dataset, 300, None, None, 50, 128, "adam", 1e-3, "constant", cut_at=CUTS[network])
 
 
 FULL = {
@@ -112,14 +119,15 @@ FULL = {
 
 def _quick_images(network: str, width: float, dataset: str = "cifar10") -> Recipe:
     return Recipe(
-        network, dataset, width, 10_000, None, 4, 128, "sgd", 0.1, "one_cycle", 5e-4, augment=True, precision="bfloat16"
-    )
+        network, dataset, width, 10_000, None, 4, 128, "sgd", 0.1, "one_cycle", 5e-4, augment=True,
+        precision="bfloat16", cut_at=CUTS.get(network, ()),
+    )  # fmt: skip
 
 
 def _quick_texts(network: str, dataset: str = "imdb") -> Recipe:
     return Recipe(
         network, dataset, 32, 10_000, 10_000, 4, 64, "adam", 2e-3, "one_cycle", words=10_000, length=80, heads=2,
-        cut_at=LAYERS,
+        cut_at=CUTS[network],
     )  # fmt: skip
 
 
