@@ -29,7 +29,7 @@ class Auto:
     encodes: ClassVar[bool] = False
     needs_graph: ClassVar[bool] = True
 
-    budget: float = 1.0
+    budget: float = 2.0
 
     def __post_init__(self) -> None:
         check_positive(budget=self.budget)

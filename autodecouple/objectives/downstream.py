@@ -46,7 +46,7 @@ class Downstream:
     needs_graph: ClassVar[bool] = True
 
     blocks: int = 2
-    budget: float | None = 1.0
+    budget: float | None = 2.0
     weights: str = "copied"
     sampling: str = "fitting"
 
