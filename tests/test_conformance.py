@@ -80,9 +80,9 @@ VARIANTS: dict[str, Any] = {
 """Other choices of objectives, and objectives beside each other."""
 CASES = [*itertools.product(FAMILIES, NAMES), *itertools.product(FAMILIES, VARIANTS)]
 QUICK = {
-    *(("cnn", name) for name in ("supcon", "predsim", "infopro", "auto")),
+    *(("cnn", name) for name in ("supcon", "predsim", "infopro", "auto", "deinforeg", "associated")),
     *(("lstm", name) for name in ("dgl", "infonce", "loco", "bp")),
-    *(("transformer", name) for name in ("deinforeg", "early_exit", "associated")),
+    ("transformer", "early_exit"),
 }
 """Each objective once; those of the model's own blocks take longer."""
 

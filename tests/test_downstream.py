@@ -438,7 +438,7 @@ def test_every_family_trains(kind: str) -> None:
     assert all(last < first for first, last in zip(losses[0], losses[-1], strict=True))
 
 
-@pytest.mark.parametrize("kind", ["cnn", "lstm", "language", "perceptron"])
+@pytest.mark.parametrize("kind", ["cnn", "lstm", pytest.param("language", marks=pytest.mark.slow), "perceptron"])
 def test_with_every_block_copied_training_is_backprops(kind: str) -> None:
     """Each head stays what follows its cut, step by step: that is why copied weights close the gap."""
     make, x, y, criterion = MODELS[kind]

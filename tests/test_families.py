@@ -56,7 +56,9 @@ def test_every_loss_falls(family: str, name: str) -> None:
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [name if name == "cnn" else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_streaming_equals_sequential_bitwise(family: str, name: str) -> None:
     """Also with a smaller last batch, and a single row."""

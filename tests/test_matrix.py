@@ -39,7 +39,7 @@ LOSSES: dict[str, Any] = {
 LANES = {"inline": 2, "streams": 4, "processes": 2, "distributed": 2}
 ROWS = (8, 8, 5)
 """Of the batches; fewer in a last one, and no multiple of the micro-batches."""
-QUICK = (("cnn", "infopro"), ("lstm", "mixed"), ("transformer", "partly coupled"))
+QUICK = (("cnn", "infopro"), ("lstm", "mixed"))
 
 
 @functools.cache
