@@ -76,7 +76,7 @@ def _head_cost(objective: Objective, features: tuple[TensorSpec, ...], signal: S
         read = [_read(spec) for spec in features]
         compared = [signal] if (entered := input_of(objective)) is None else [entered, signal]
         given = pytree.tree_map(lambda spec: torch.zeros(spec.shape, dtype=dtype_from(spec.dtype)), compared)
-        with flop_counter() as counter, Workspaces(), PeakMemory() as memory:
+        with flop_counter() as counter, Workspaces(), PeakMemory() as memory:  # type: ignore[no-untyped-call]
             loss, _ = head(*read, *given)
             loss.backward()
         parameters = list(head.parameters())
