@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -86,22 +85,6 @@ def test_two_lanes_trains_the_same_parameters(
     found = json.loads(out.read_text())
     assert found["equal_parameters"] and found["ratio"] > 0 and len(found["rounds"]) == 2
     assert "equal to the last bit" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_fashion_mnist_table(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """On a few made-up rows; the settings are those of the published table."""
-    chance = np.random.default_rng(0)
-    for stem, rows in (("train", 64), ("t10k", 32)):
-        pixels, labels = chance.integers(0, 256, rows * 28 * 28, np.uint8), np.arange(rows, dtype=np.uint8) % 10
-        (tmp_path / f"{stem}-images-idx3-ubyte").write_bytes(bytes(16) + pixels.tobytes())
-        (tmp_path / f"{stem}-labels-idx1-ubyte").write_bytes(bytes(8) + labels.tobytes())
-    monkeypatch.setattr(sys, "argv", ["run.py", "--data", str(tmp_path)])
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    runpy.run_path(str(ROOT / "benchmarks" / "fashion_mnist" / "run.py"), run_name="__main__")
-    assert capsys.readouterr().out.splitlines()[-4].startswith("| bp |")
 
 
 def test_the_readmes_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
