@@ -36,8 +36,8 @@ class Downstream:
               "even": at equal distances, whatever adapters that takes
 
     Source: AugLocal (ICLR 2024), which makes such heads by hand, for networks of residual blocks. Why these defaults:
-    see benchmarks/accuracy. With fresh weights later stages lag behind, since no head learns what the next stage is
-    about to: the four stages of an LSTM on IMDB had 60.8 %, with copied ones 71.1 % (backprop: 73.1 %).
+    see benchmarks/accuracy. With fresh weights no head learns what the next stage is about to, and later stages lag:
+    the four of a Transformer on IMDB reached 67 %, with copied ones and larger heads 76 % (backprop: 76 %).
     """
 
     name: ClassVar[str] = "downstream"
