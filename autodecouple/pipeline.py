@@ -128,8 +128,8 @@ def arrange(graph: Graph, candidates: tuple[Candidate, ...], wish: Wish, charges
     """Cuts and lanes at these charges, one per lane; of a given plan they are as they stand there."""
     if wish.plan is not None:
         return _fit(wish.plan, graph, candidates, wish)
-    classifier = find_classifier(graph, candidates, wish.detach_classifier) if wish.detach_classifier else None
-    here = per_stage(charges, wish.n_stages, wish.n_stages + (classifier is not None))
+    classifier = find_classifier(graph, candidates, wish.detach_classifier) if wish.detach_classifier else ()
+    here = per_stage(charges, wish.n_stages, wish.n_stages + bool(classifier))
     plan = choose_cuts(
         graph,
         candidates,

@@ -31,7 +31,7 @@ def choose_cuts(
     *,
     cut_at: Sequence[str] = (),
     memory_limit: int | None = None,
-    classifier: str | None = None,
+    classifier: Sequence[str] = (),
     charges: Sequence[Charge] = (),
 ) -> Plan:
     """The plan whose slowest stage is cheapest: forward, backward and head of a training step.
@@ -39,23 +39,24 @@ def choose_cuts(
     objectives:   one per hidden stage; "bp" couples the stage to the next
     cut_at:       nodes or modules after which to cut; () leaves all cuts to the optimum
     memory_limit: bytes that a stage may take, parameters, gradients, optimizer state and activations together
-    classifier:   node of one more cut, behind all others; what follows it is one more stage
+    classifier:   nodes where one more cut may lie, behind all others: at the last that the head can read. What follows
+                  it is one more stage
     charges:      what each stage costs where it will run, one per stage; () charges FLOPs everywhere
     Raises PartitionError where no such plan exists, naming the maximum and the legal cuts; CutError for a cut_at where
     none is legal, naming the nearest legal ones.
     """
     check_n_stages(n_stages)
     legal = [candidate for candidate in candidates if candidate.cut is not None]
-    count = n_stages + (classifier is not None)
+    count = n_stages + bool(classifier)
     charges = charges or (Charge(graph),) * count
     costs = StageCosts(graph, legal, Charge(graph, recompute=charges[0].recompute))
     _check_possible(count, candidates, costs.most_stages(), graph.warnings)
     limits = [charge.limit(memory_limit) for charge in charges]
     stages = _charged(costs, charges, objectives)
-    if classifier is not None:
-        last = [candidate.node for candidate in legal].index(classifier)
+    if classifier:
+        last = _last_read(stages[-2], [end for end, candidate in enumerate(legal) if candidate.node in classifier])
         stages[-2] = stages[-2].where(stages[-2].end == last)
-        cut_at = [*cut_at, classifier] if cut_at else ()
+        cut_at = [*cut_at, legal[last].node] if cut_at else ()
     if cut_at:
         chosen = explicit_cuts(cut_at, count, candidates)
         plan = _checked(costs, stages, chosen, objectives)
@@ -65,6 +66,12 @@ def choose_cuts(
         given = [dataclasses.replace(charge, reserved_bytes=0).limit(memory_limit) for charge in charges]
         raise PartitionError(_impossible(count, given, legal, explicit=bool(cut_at)))
     return plan
+
+
+def _last_read(stage: StageRuns, ends: Sequence[int]) -> int:
+    """The last of some cuts at which the stage's head can read what crosses; the last of all where it can at none."""
+    readable = set(stage.end.tolist())
+    return max((end for end in ends if end in readable), default=max(ends))
 
 
 def _charged(costs: StageCosts, charges: Sequence[Charge], objectives: Sequence[Objective]) -> list[StageRuns]:
@@ -114,14 +121,16 @@ def _fits(plan: Plan, limits: Sequence[int | None]) -> bool:
     return all(limit is None or s.memory_bytes <= limit for s, limit in zip(plan.stages, limits, strict=True))
 
 
-def find_classifier(graph: Graph, candidates: Sequence[Candidate], name: bool | str) -> str:
-    """The cut before the classifier: the last legal one before the parameters of the last top-level module.
+def find_classifier(graph: Graph, candidates: Sequence[Candidate], name: bool | str) -> tuple[str, ...]:
+    """Where the classifier may begin: before the parameters of the last top-level module, behind all others.
+
+    A head may ask for more than the last of these places has: InfoNCE for positions, which a pooling takes away.
 
     name: a node or module after which the classifier begins; True looks for it
     """
     if isinstance(name, str):
         position = _find(name, candidates)
-        return next(candidate.node for candidate in candidates if candidate.position == position)
+        return (next(candidate.node for candidate in candidates if candidate.position == position),)
     first: dict[str, int] = {}
     for parameter, uses in graph.parameter_uses().items():
         if uses:
@@ -131,7 +140,9 @@ def find_classifier(graph: Graph, candidates: Sequence[Candidate], name: bool | 
     before = [candidate for candidate in candidates if candidate.cut is not None and candidate.position < begin]
     if not before:
         raise PartitionError("no legal cut lies before the last module: name one, detach_classifier='module'")
-    return before[-1].node
+    others = (at for found in graph.parameter_uses().values() for at in found if at <= before[-1].position)
+    last = max(others, default=-1)
+    return tuple(candidate.node for candidate in before if candidate.position >= last)
 
 
 def explicit_cuts(cut_at: Sequence[str], n_stages: int, candidates: Sequence[Candidate]) -> tuple[int, ...]:

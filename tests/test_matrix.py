@@ -21,7 +21,7 @@ from rank_tools import run_ranks
 from training_tools import Result, assert_same, sgd, train
 
 import autodecouple
-from autodecouple.errors import ScheduleError
+from autodecouple.errors import InputError, ScheduleError
 from autodecouple.objectives import DGL, OBJECTIVES, Associated, DeInfoReg, EarlyExit, SupCon
 from autodecouple.plans import Plan
 from autodecouple.schedules import SCHEDULES, Program, Sequential, placed
@@ -39,6 +39,7 @@ LOSSES: dict[str, Any] = {
 LANES = {"inline": 2, "streams": 4, "processes": 2, "distributed": 2}
 ROWS = (8, 8, 5)
 """Of the batches; fewer in a last one, and no multiple of the micro-batches."""
+REFUSED = "pipedream", "processes"
 QUICK = (("cnn", "infopro"), ("lstm", "mixed"))
 
 
@@ -128,6 +129,9 @@ def test_every_schedule_on_every_executor(family: str, name: str) -> None:
     schedules = [schedule for schedule in SCHEDULES if takes(plan_of(family, name, 2), schedule)]
     for schedule in schedules:
         for executor in ("streams", "processes"):
-            if takes(plan_of(family, name, LANES[executor]), schedule):
+            if (schedule, executor) == REFUSED:
+                with pytest.raises(InputError, match='which the workers of executor="processes" do not hold'):
+                    trained(family, name, schedule, executor)
+            elif takes(plan_of(family, name, LANES[executor]), schedule):
                 assert_same(trained(family, name, schedule, executor), expected(family, name, schedule), schedule)
     check_ranks(family, name, [schedule for schedule in schedules if schedule != "sequential"])

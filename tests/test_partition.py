@@ -409,13 +409,24 @@ def test_a_stage_of_its_own_for_the_classifier(found: Any) -> None:
     """The papers' form of SCPL: one cut more, right before the classifier's parameters."""
     graph, candidates = found
     classifier = find_classifier(graph, candidates, True)
-    assert classifier == "relu_6"
+    assert classifier[-1] == "relu_6"
     plan = choose_cuts(graph, candidates, 2, [OBJECTIVES[0]] * 2, classifier=classifier)
     assert [cut.after for cut in plan.cuts][-1] == "relu_6"
     assert len(plan.stages) == 3
-    assert find_classifier(graph, candidates, "body.1") == "relu_4"
+    assert find_classifier(graph, candidates, "body.1") == ("relu_4",)
     with pytest.raises(CutError, match="there is no place 'head'"):
         find_classifier(graph, candidates, "head")
+
+
+def test_the_classifier_begins_where_the_head_before_it_can_read() -> None:
+    """InfoNCE predicts positions, and Greedy InfoMax ends in a linear probe: no cut was found behind the pooling."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+    model.extend([nn.Flatten(), nn.Linear(8, 4)])
+    options = {"example_inputs": torch.randn(4, 3, 12, 12), "n_stages": 2, "detach_classifier": True}
+    last = {loss: autodecouple.plan(model, loss=loss, **options).cuts[-1] for loss in ("infonce", "supcon")}
+    assert last["infonce"].after == "relu_1" and last["supcon"].crossing[0].shape == (4, 8)
+    with pytest.raises(PartitionError):  # a place that was named is kept
+        autodecouple.plan(model, loss="infonce", **{**options, "detach_classifier": "5"})
 
 
 # --- lanes ------------------------------------------------------------------------------------------------------------
