@@ -26,7 +26,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_threa
 
 # Stages start threads and capture models: no example has a fair deadline.
 settings.register_profile("dev", deadline=None, max_examples=25, print_blob=True)
-settings.register_profile("ci", deadline=None, max_examples=25, print_blob=True, derandomize=True)
+settings.register_profile("ci", deadline=None, max_examples=50, print_blob=True, derandomize=True)
 settings.register_profile("thorough", deadline=None, max_examples=1000, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 

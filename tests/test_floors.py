@@ -50,7 +50,7 @@ def check_floors(graph: Graph, share: float, recompute: bool) -> None:
             assert bool((needs[: int(first[end]), end][: end + 1] > limit).all())
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(programs(without=("lstm",)), st.sampled_from((0.2, 0.5, 0.8, 1.0)), st.booleans())
 def test_what_a_floor_rules_out_is_too_large(program: Program, share: float, recompute: bool) -> None:
     check_floors(annotate(capture(program.model(), program.inputs())), share, recompute)
@@ -132,12 +132,12 @@ def test_prices_of_a_stage_are_those_of_its_operations() -> None:
 
 def test_what_the_caller_froze_stays_frozen() -> None:
     """What planning makes is old when it ends, but the collector's state is the caller's."""
+    theirs: list[object] = []
     gc.freeze()
     try:
-        frozen = gc.get_freeze_count()
         with uncollected():
             made = [[] for _ in range(10)]
-        assert gc.get_freeze_count() > 0.9 * frozen > 0  # what is frozen may die meanwhile, elsewhere
+        assert not any(each is theirs for each in gc.get_objects())  # which lists what is not frozen
         assert gc.isenabled()
         assert made
     finally:
