@@ -88,6 +88,11 @@ class Graph:
         return {node: position for position, node in enumerate(self.operations)}
 
     @functools.cached_property
+    def paths(self) -> list[tuple[str, ...]]:
+        """By operations, the names of the modules, outermost first, in whose forward they ran."""
+        return [module_path(node) for node in self.operations]
+
+    @functools.cached_property
     def measured(self) -> Mapping[fx.Node, Measure]:
         """The measures by the nodes themselves."""
         return {node: self.measures[node.name] for node in self.train.graph.nodes if node.op != "output"}
@@ -170,6 +175,11 @@ class Graph:
                 at = [self.positions[user] for user in node.users if user in self.positions]
                 uses.setdefault(self.names[node], []).extend(at)
         return uses
+
+    @functools.cached_property
+    def first_uses(self) -> Mapping[str, int]:
+        """The first of these positions, of the parameters that are used."""
+        return {name: min(uses) for name, uses in self._uses.items() if uses}
 
     @functools.cached_property
     def names(self) -> Mapping[fx.Node, str]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from autodecouple.errors import CutError
-from autodecouple.graph import Graph, Measure, module_classes, module_path
+from autodecouple.graph import Graph, Measure, module_classes
 from autodecouple.passes.capturing.tied import way_out
 from autodecouple.passes.collecting import uncollected
 from autodecouple.passes.masks import find_mask
@@ -107,7 +107,7 @@ class _Sweep:
         self.graph = graph
         self.operations = graph.operations
         self.measures = graph.measured
-        self.last_use = Needs(graph).last()
+        self.last_use = Needs.known(graph).last
         self.last_write = {storage: writers[-1] for storage, writers in graph.writers.items()}
         self.blocked = _blocked(_spans(graph), len(self.operations))
         self.reach = Reach(graph)
@@ -119,8 +119,8 @@ class _Sweep:
         inputs = sorted(self.graph.train.graph.find_nodes(op="placeholder"), key=lambda node: node.name)
         live = {node: self.measures[node] for node in inputs if node in self.last_use}
         before, twin = None, ""
-        paths = ((node, module_path(node)) for node in self.operations)
-        for position, ((node, path), (_, following)) in enumerate(itertools.pairwise(paths)):
+        steps = zip(self.operations, itertools.pairwise(self.graph.paths), strict=False)
+        for position, (node, (path, following)) in enumerate(steps):
             live[node] = self.measures[node]
             live = {value: measure for value, measure in live.items() if self.last_use.get(value, -1) > position}
             self.reach.visit(node)
@@ -139,10 +139,10 @@ class _Sweep:
         reason = self._reason(position, live, carrying)
         if reason:
             return Candidate(node, position, ended, None, reason)
-        features = [value for value in carrying if not self._unreadable(value)]
-        unread = [value for value in carrying if value not in features]
+        unread = [value for value in carrying if self._unreadable(value)]
+        features = [value for value in carrying if value not in unread] if unread else carrying
         reads, blind = self.reach.thresholds(features, unread)
-        others = [(value, measure.value) for value, measure in live.items() if value not in carrying]
+        others = ((value, measure.value) for value, measure in live.items() if value not in carrying)
         mask, meaning = find_mask(self._spec(features[0]), others)
         values = [value for value, measure in live.items() if not measure.recomputed]
         cut = Cut(

@@ -10,6 +10,7 @@ its stage. Its losses are those of the stages; what crosses a detached cut carri
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -297,9 +298,7 @@ def draws(node: fx.Node) -> bool:
     if BODIES in node.meta:
         return any(draws(inner) for body in node.meta[BODIES] for inner in operations(body.graph))
     operation, args = called(node)
-    if not isinstance(operation, torch._ops.OpOverload):
-        return False
-    if torch.Tag.nondeterministic_seeded not in operation.tags:
+    if not isinstance(operation, torch._ops.OpOverload) or not _is_random(operation):
         return False
     names = [argument.name for argument in operation._schema.arguments]
     defaults = {a.name: a.default_value for a in operation._schema.arguments if a.has_default_value()}
@@ -307,6 +306,11 @@ def draws(node: fx.Node) -> bool:
     probability = next((given[name] for name in ("p", "dropout", "dropout_p") if name in given), 1.0)
     training = next((given[name] for name in ("train", "training") if name in given), True)
     return probability != 0 and training is not False
+
+
+@functools.cache
+def _is_random(operation: torch._ops.OpOverload) -> bool:
+    return torch.Tag.nondeterministic_seeded in operation.tags
 
 
 def drawn_in_kernels(graph: fx.Graph) -> list[fx.Node]:

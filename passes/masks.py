@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import fx
@@ -12,7 +12,7 @@ from autodecouple.plans import TensorSpec
 aten = torch.ops.aten
 
 
-def find_mask(features: TensorSpec, others: Sequence[tuple[fx.Node, TensorSpec | None]]) -> tuple[str | None, str]:
+def find_mask(features: TensorSpec, others: Iterable[tuple[fx.Node, TensorSpec | None]]) -> tuple[str | None, str]:
     """Among what crosses beside token features (N, T, D): which tensor says what tokens count, and how.
 
     Meanings: "additive" (0 where a token counts, -inf elsewhere), "keep" (True where it counts), "ignore" (True where

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Sequence
 
 from torch import fx
@@ -25,13 +23,14 @@ class Reach:
 
     def __init__(self, graph: Graph) -> None:
         self.measures = graph.measured
-        uses = {name: at for name, at in graph.parameter_uses().items() if name in graph.trained and at}
-        self.last = max((max(at) for at in uses.values()), default=-1)
+        trained, uses = graph.trained, graph.parameter_uses()
+        first = {name: at for name, at in graph.first_uses.items() if name in trained}
+        self.last = max((max(uses[name]) for name in first), default=-1)
         self.first_use: list[int] = []  # by bits
         self.sets: dict[int, int] = {}
         self.room = ROOM
         self._starting: dict[int, list[frozenset[int]]] = {}  # the storages of parameters, by their first use
-        self._list_parameters(graph, {name: min(at) for name, at in uses.items()})
+        self._list_parameters(graph, first)
         self._ending = self._list_endings(graph)
 
     def _list_parameters(self, graph: Graph, first: dict[str, int]) -> None:
@@ -105,7 +104,9 @@ class Reach:
             reached = self._reaching(self.measures[value])
             found.append(self._last_first_use(reached & ~seen))
             seen |= reached
-        missed = functools.reduce(operator.or_, [self._reaching(self.measures[value]) for value in unread], 0)
+        missed = 0
+        for value in unread:
+            missed |= self._reaching(self.measures[value])
         return found, self._last_first_use(missed & ~seen)
 
     def _reaching(self, measure: Measure) -> int:

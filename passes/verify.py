@@ -19,7 +19,8 @@ from autodecouple.plans import Plan
 
 def untrained_parameters(graph: Graph) -> list[str]:
     """Trainable parameters of the model that no gradient of its outputs reaches: unused, detached, used for nothing."""
-    reached = {id(value) for node, value in graph.owned.items() if str(node.target) in graph.trained}
+    trained = graph.trained
+    reached = {id(value) for node, value in graph.owned.items() if graph.names[node] in trained}
     return [name for name, p in graph.model.named_parameters() if p.requires_grad and id(p) not in reached]
 
 

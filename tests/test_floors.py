@@ -112,7 +112,7 @@ def test_where_values_are_needed() -> None:
     graph = annotate(capture(Masked(), (torch.randn(3, 4), torch.arange(3))))
     needs, again = Needs(graph), {name for name, measure in graph.measures.items() if measure.recomputed}
     assert len(again) >= 3, "a chain of values that are computed again"
-    last = needs.last()
+    last = needs.last
     for node in (*graph.names, *graph.train.graph.find_nodes(op="placeholder"), *graph.operations):
         assert needs.of(node) == needed(graph, node)
         used = needs.readers(node) if node.name in again else needs.of(node)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import fx
-
-from autodecouple.graph import module_path
-
 
 class Extents:
-    """The first and last position at which each module runs."""
+    """The first and last position at which each module runs.
 
-    def __init__(self, nodes: Sequence[fx.Node]) -> None:
-        self._paths = [module_path(node) for node in nodes]
+    paths: by operations, the modules that it runs in, outermost first
+    """
+
+    def __init__(self, paths: Sequence[Sequence[str]]) -> None:
+        self._paths = paths
         self._first: dict[str, int] = {}
         self._last: dict[str, int] = {}
         for position, path in enumerate(self._paths):

@@ -98,7 +98,8 @@ class HeadCosts:
     ) -> Iterator[tuple[int, ...]]:
         """A head reads more, the earlier its stage begins: at or before each of the thresholds of what it may read."""
         reads, last = self.legal[end].reads, end
-        thresholds = sorted({threshold for _, threshold in reads[1:] if threshold >= 0}, reverse=True)
+        more = {threshold for _, threshold in reads[1:] if threshold >= 0}
+        thresholds = sorted(more, reverse=True) if more else ()
         for start, following in zip((2**62, *thresholds), (*thresholds, -1), strict=True):
             first = bisect_right(self.starts, following)
             try:

@@ -83,9 +83,9 @@ class Lifetimes:
         self.saved: dict[int, list[tuple[int, int]]] = defaultdict(list)
         self.used: dict[int, int] = {}
         self.makes: dict[int, set[int]] = {}
-        self.needs = Needs(graph)
+        self.needs = Needs.known(graph)
         self.gradients: dict[str, Gradient] = {}
-        self._needed = self.needs.last()
+        self._needed = self.needs.last
         self._trained = {node for node in self.positions if self._is_trained(graph.measured[node])}
         for node in (*graph.train.graph.find_nodes(op="placeholder"), *self.positions):
             self._meet(node, graph.measured[node])

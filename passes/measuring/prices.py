@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,15 @@ class Prices:
 
     @staticmethod
     def of(charge: Charge) -> Prices:
+        """Counted once for a graph: each of its plans asks."""
+        updates = tuple(charge.updates.items()) if charge.recompute else ()
+        known: dict[Any, Prices] = charge.graph.memo.setdefault("operation prices", {})
+        if (charge.recompute, updates) not in known:
+            known[charge.recompute, updates] = Prices._counted(charge)
+        return known[charge.recompute, updates]
+
+    @staticmethod
+    def _counted(charge: Charge) -> Prices:
         amounts = [charge.amount(node.name) for node in charge.graph.operations]
         pairs = ((threshold, at, p) for at, (_, found) in enumerate(amounts) for threshold, p in found if p)
         return Prices(torch.tensor([forward for forward, _ in amounts], dtype=torch.int64), columns(pairs, 3))

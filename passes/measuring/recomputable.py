@@ -9,6 +9,7 @@ A value is computed again where that is cheap and what it takes is smaller than 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -41,6 +42,14 @@ class Needs:
             if graph.measured[node].recomputed:
                 self._again[node] = self.of(node)
 
+    @staticmethod
+    def known(graph: Graph) -> Needs:
+        """Those of a graph, found once."""
+        memo: dict[str, Needs] = graph.memo
+        if "needs" not in memo:
+            memo["needs"] = Needs(graph)
+        return memo["needs"]
+
     def of(self, node: fx.Node) -> set[int]:
         return self.readers(node).union(*(self._again.get(user, ()) for user in node.users))
 
@@ -49,7 +58,8 @@ class Needs:
         end = len(self.graph.operations)
         return {self.graph.positions.get(user, end) for user in node.users}
 
-    def last(self) -> dict[fx.Node, int]:
+    @functools.cached_property
+    def last(self) -> Mapping[fx.Node, int]:
         """The last of them for every value that is needed. What is computed again is needed where it is read itself."""
         operations = self.graph.operations
         last = {source: at for at, node in enumerate(operations) for source in node.all_input_nodes}

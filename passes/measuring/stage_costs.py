@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -58,17 +57,16 @@ class StageCosts:
         """The trainable parameters by the position of their first use."""
         parameters = {str(node.target): value for node, value in self.graph.owned.items()}
         first: dict[int, list[Tensor]] = {}
-        for name, uses in self.graph.parameter_uses().items():
-            if uses:
-                first.setdefault(min(uses), []).append(parameters[name])
+        for name, position in self.graph.first_uses.items():
+            first.setdefault(position, []).append(parameters[name])
         return first
 
     @cached_property
     def _training(self) -> Tensor:
         """The segments in which parameters that the outputs train are first used."""
-        uses = self.graph.parameter_uses()
-        first = [min(uses[name]) for name in self.graph.trained if uses.get(name)]
-        return torch.tensor(sorted({bisect_right(self.starts, position) - 1 for position in first}), dtype=torch.int64)
+        trained = self.graph.trained
+        first = [position for name, position in self.graph.first_uses.items() if name in trained]
+        return self._segments(torch.tensor(first, dtype=torch.int64)).unique()
 
     def most_stages(self) -> int:
         """How many stages with something to train each: take every cut that closes one."""
@@ -244,7 +242,7 @@ class StageCosts:
 
     @cached_property
     def _extents(self) -> Extents:
-        return Extents(self.nodes)
+        return Extents(self.graph.paths)
 
 
 def _num_bytes(tensor: Tensor) -> int:

@@ -26,6 +26,7 @@ class RangeMinimum:
 
     def within(self, first: Tensor, last: Tensor) -> Tensor:
         """Of the numbers from first to last, both included; the ranges may not be empty."""
-        level = self._level[last - first + 1]
+        level = self._level.index_select(0, last - first + 1)
         row = level * self._count
-        return torch.minimum(self._table[row + first], self._table[row + last + 1 - (1 << level)])
+        begin, end = row + first, row + last + 1 - (1 << level)
+        return torch.minimum(self._table.index_select(0, begin), self._table.index_select(0, end))
