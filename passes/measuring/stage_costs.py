@@ -66,7 +66,8 @@ class StageCosts:
         """The segments in which parameters that the outputs train are first used."""
         trained = self.graph.trained
         first = [position for name, position in self.graph.first_uses.items() if name in trained]
-        return self._segments(torch.tensor(first, dtype=torch.int64)).unique()
+        segments: Tensor = torch.unique(self._segments(torch.tensor(first, dtype=torch.int64)))
+        return segments
 
     def most_stages(self) -> int:
         """How many stages with something to train each: take every cut that closes one."""
