@@ -55,6 +55,7 @@ def choose_cuts(
     stages = _charged(costs, charges, objectives)
     if classifier:
         last = _last_read(stages[-2], [end for end, candidate in enumerate(legal) if candidate.node in classifier])
+        costs.head(count - 2, last, last, objectives)  # one that refuses even this cut says why
         stages[-2] = stages[-2].where(stages[-2].end == last)
         cut_at = [*cut_at, legal[last].node] if cut_at else ()
     if cut_at:
