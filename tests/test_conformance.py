@@ -398,12 +398,6 @@ def test_a_detached_classifier_gives_the_last_stage_nothing(name: str) -> None:
         assert {id(p) for p in codes[-2].body.parameters()}.isdisjoint(reached)
 
 
-def test_a_classifier_that_no_head_can_read_is_refused_with_the_reason() -> None:
-    """It said that a stage would need more memory or train nothing."""
-    with pytest.raises(InputError, match="predicts positions from others, but"):
-        autodecouple.plan(captured("cnn")[0], n_stages=3, loss="infonce", detach_classifier="mean", devices=["cpu"])
-
-
 def test_a_classifier_that_is_to_be_detached_and_coupled_is_refused() -> None:
     """It was coupled, without a word."""
     for loss in ("bp", ["supcon", "supcon", "supcon", "bp"]):

@@ -412,6 +412,7 @@ def decoupled_of(kind: str, n_stages: int = 3, loss: Any = "downstream", **optio
     return autodecouple.compile(graph, n_stages, loss, **options)
 
 
+@pytest.mark.slow
 def test_heads_are_timed_with_the_masks_that_they_read() -> None:
     with decoupled_of("transformer", cost="measured") as decoupled:
         hidden = decoupled.plan.stages[:-1]

@@ -425,7 +425,7 @@ def test_the_classifier_begins_where_the_head_before_it_can_read() -> None:
     options = {"example_inputs": torch.randn(4, 3, 12, 12), "n_stages": 2, "detach_classifier": True}
     last = {loss: autodecouple.plan(model, loss=loss, **options).cuts[-1] for loss in ("infonce", "supcon")}
     assert last["infonce"].after == "relu_1" and last["supcon"].crossing[0].shape == (4, 8)
-    with pytest.raises(PartitionError):  # a place that was named is kept
+    with pytest.raises(InputError, match="predicts positions from others, but"):  # a place that was named is kept
         autodecouple.plan(model, loss="infonce", **{**options, "detach_classifier": "5"})
 
 
