@@ -22,7 +22,7 @@ from autodecouple.passes.codegen import StageCode
 from autodecouple.plans import Plan
 from autodecouple.randomness import Randomness
 from autodecouple.replication import DataParallel
-from autodecouple.work import Before, Flag, Passage, Values, Work
+from autodecouple.work import Before, Flag, Passage, Values, Work, copies
 
 
 @dataclass(frozen=True)
@@ -293,7 +293,7 @@ class Stage:
         gradients = [parameter.grad for parameter in self.parameters] if self.pending else []
         for parameter in self.parameters:
             parameter.grad = None
-        return Before(list(torch._foreach_clone(self.buffers)) if self.buffers else [], gradients)
+        return Before(copies(self.buffers), gradients)
 
     def discard(self, work: Work) -> None:
         """Forget a batch: gradients and buffers as they were before its forward."""

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from autodecouple.passes.capturing.leaves import Leaf
 from autodecouple.randomness import Randomness
 from autodecouple.stage import Stage
-from autodecouple.work import Before, Values, Work
+from autodecouple.work import Before, Values, Work, copies
 
 Weights = dict[str, torch.Tensor]
 
@@ -94,7 +94,7 @@ class StashingStage(Stage):
 
     def _set_aside(self) -> Before:
         """Of a forward: gradients are set aside later, since those of older batches come in between."""
-        return Before(list(torch._foreach_clone(self.buffers)) if self.buffers else [], [])
+        return Before(copies(self.buffers), [])
 
     def _take_gradients(self) -> list[torch.Tensor | None]:
         """What an accumulation has gathered so far; the parameters have no gradients then."""

@@ -34,6 +34,14 @@ class Passage:
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
+def copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The same values in memory of their own, on a device by one launch; torch 2.11 has no clone that does that."""
+    found = [torch.empty_like(tensor) for tensor in tensors]
+    if found:
+        torch._foreach_copy_(found, list(tensors))
+    return found
+
+
 @dataclass(frozen=True)
 class Before:
     """A stage as it was before a batch: its buffers, and the gradients that an accumulation had gathered."""
