@@ -205,7 +205,9 @@ class _Masked(torch.autograd.Function):
 def _times(x: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
     # The CPU multiplies numbers of one type several times as fast as numbers with truth values.
     factor = mask.view(torch.uint8).to(x.dtype) if x.device.type == "cpu" else mask
-    return (x * factor).mul_(scale)
+    product = x * factor
+    # The compiler of torch 2.11 loses the gradient of a Function that works in place.
+    return product * scale if torch.compiler.is_compiling() else product.mul_(scale)
 
 
 def _generator_for(args: Any, kwargs: Any) -> torch.Generator:

@@ -121,6 +121,8 @@ class _Builder:
     def _copied(self, node: fx.Node) -> fx.Node:
         made = self.work.node_copy(node, lambda source: source)
         made.args, made.kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: self.values[source])
+        if made.target is aten.view.default:  # what comes here may lie in memory in another order than in the model
+            made.target = aten.reshape.default
         if draws(node):  # its key: no other head may draw the same numbers
             made._rename(f"{self.cut.after}__{node.name}")
         return made

@@ -24,9 +24,9 @@ DECLARED = torch.library.Library("torchvision", "FRAGMENT")
 if not _loads():
     for name in ("nms", "qnms"):
         DECLARED.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import torchvision
 
-import timm  # noqa: E402 - both import torchvision
+import timm  # noqa: E402 - these import torchvision
+import torchvision  # noqa: E402
 import transformers  # noqa: E402
 
 transformers.logging.set_verbosity_error()
