@@ -77,8 +77,7 @@ def _told(path: Path, notes: Notes) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        text = _why(error, path, notes.ranks)
-        notes.fail(text)
+        text = notes.fail(_why(error, path, notes.ranks))
         if notes.ranks.rank == 0:
             shutil.rmtree(_beside(path, "new"), ignore_errors=True)
         if isinstance(error, CheckpointError) or not isinstance(error, Exception):

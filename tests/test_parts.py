@@ -192,6 +192,26 @@ def test_a_write_that_fails_on_one_rank_fails_on_all(where: tuple[int, str], bac
 
 
 @pytest.mark.dist
+def test_what_follows_from_a_failure_is_not_taken_for_it(tmp_path: Path) -> None:
+    """Rank 0 takes the folder away that it could not write into; rank 1, still writing there, said that it was gone."""
+
+    def gone(flat: Any, folder: Path, rank: int = 0) -> Any:
+        while folder.exists():
+            time.sleep(0.01)
+        raise FileNotFoundError(2, "no such folder")
+
+    def rank(number: int) -> Any:
+        with make("distributed") as decoupled:
+            failing = mock.Mock(side_effect=OSError(28, "no space left on device"))
+            write = mock.patch.object(storage, "write", gone if number else failing)
+            with write, pytest.raises(CheckpointError, match="before still is: rank 0: OSError.*no space"):
+                decoupled.save(tmp_path / "c", background=True)
+                decoupled.synchronize()
+
+    values(run_ranks(2, rank))
+
+
+@pytest.mark.dist
 def test_a_path_that_cannot_be_is_refused_on_every_rank(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
 

@@ -78,11 +78,13 @@ class Notes:
             time.sleep(INTERVAL)
         return str(_asked(store.get, self._key(note)).decode())
 
-    def fail(self, text: str) -> None:
-        """Let all others give up, too; only the first one's text counts."""
+    def fail(self, text: str) -> str:
+        """Let all others give up, too; only the first one's text counts, which is returned: later failures may follow
+        from it."""
         if self.ranks.size > 1:
             with contextlib.suppress(RuntimeError):  # the store is gone, and with it whoever would read this
-                self.ranks.store.compare_set(self._key("failed"), "", text)
+                return str(self.ranks.store.compare_set(self._key("failed"), "", text).decode())
+        return text
 
     def first(self, note: str, act: Callable[[], str]) -> str:
         """Act on rank 0, and wait for it on all others; returns its text there, too."""
